@@ -1,0 +1,291 @@
+"""Celery settings: RabbitMQ is the broker, RESULT_STORE says where the results go.
+
+Copy this file next to any Celery app and call ``app.config_from_object("celeryconfig")``;
+no other file of this project is needed. It reads these environment variables:
+
+RESULT_STORE   redis (default) or rabbitmq
+RABBITMQ_URL   amqp:// or amqps://, default amqp://guest:guest@localhost:5672//
+REDIS_URL      redis:// or rediss://, default redis://localhost:6379/0; only used by RESULT_STORE=redis
+RABBITMQ_PASSWORD, REDIS_PASSWORD              a password in plain text, to be put into the URL
+RABBITMQ_PASSWORD_FILE, REDIS_PASSWORD_FILE    the same, read from a file (/run/secrets/...)
+
+Above each setting stands the reason for its value, then the result backend that it concerns
+(redis, rabbitmq or both) and its documentation. A value that cannot work stops the process with one line.
+"""
+
+import os
+import ssl
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import quote, urlsplit
+
+from celery.backends import rpc
+from celery.utils.log import get_logger
+from kombu.exceptions import OperationalError
+
+_SERVICES = {  # scheme, what its path means, default URL
+    "RABBITMQ": ("amqp", "VHOST", "amqp://guest:guest@localhost:5672//"),
+    "REDIS": ("redis", "0", "redis://localhost:6379/0"),
+}
+
+
+def _stop(problem: str) -> NoReturn:
+    """End the process with one line: around any other exception the celery command prints a traceback."""
+    raise SystemExit(f"celeryconfig: {problem}")
+
+
+def _password(service: str) -> str | None:
+    """Return the password of SERVICE_PASSWORD or of the file that SERVICE_PASSWORD_FILE names, if any."""
+    path = os.environ.get(f"{service}_PASSWORD_FILE")
+    if not path:
+        return os.environ.get(f"{service}_PASSWORD")
+    try:
+        return Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except OSError as exc:
+        _stop(f"{service}_PASSWORD_FILE names {path}, which cannot be read: {exc.strerror}.")
+
+
+def service_url(service: str) -> str:
+    """Return RABBITMQ_URL or REDIS_URL, checked, with the service's password in it.
+
+    A malformed one ends the process; the message does not show it, for the password's sake.
+    """
+    scheme, path, default = _SERVICES[service]
+    try:
+        parts = urlsplit(os.environ.get(f"{service}_URL") or default)
+        well_formed = parts.scheme in (scheme, f"{scheme}s") and parts.hostname and parts.port != 0
+        if scheme == "redis":
+            well_formed = well_formed and (parts.path.strip("/") or "0").isdecimal()
+    except ValueError:  # a port that is no number, often the end of a password with a / or # in it
+        well_formed = False
+    if not well_formed:
+        _stop(
+            f"{service}_URL is malformed. It must look like {scheme}://USER:PASSWORD@HOST:PORT/{path} "
+            f"({scheme}s:// for TLS). Write @ : / % # in the password as %40 %3A %2F %25 %23, "
+            f"or give the password in {service}_PASSWORD."
+        )
+    password = _password(service)
+    if password:
+        user, _, host = parts.netloc.rpartition("@")
+        parts = parts._replace(netloc=f"{user.partition(':')[0]}:{quote(password, safe='')}@{host}")
+    return parts.geturl()
+
+
+_store = os.environ.get("RESULT_STORE") or "redis"
+if _store not in ("redis", "rabbitmq"):
+    _stop(f"RESULT_STORE is {_store!r}, but it must be redis or rabbitmq.")
+
+# --- Broker -----------------------------------------------------------------------------------------------
+
+# Tasks always travel through RabbitMQ, whichever store the results take.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-url
+broker_url = service_url("RABBITMQ")
+
+# With amqps://, check the server's certificate and its host name; Celery checks neither unless told to.
+# A certificate authority of your own goes into the standard variable SSL_CERT_FILE.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-use-ssl
+if broker_url.startswith("amqps://"):
+    broker_use_ssl = {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": urlsplit(broker_url).hostname}
+
+# A worker that starts before RabbitMQ waits for it.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-connection-retry-on-startup
+broker_connection_retry_on_startup = True
+
+# delay() returns when RabbitMQ has taken the message. Without it, a message lost on the way is lost in silence.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-transport-options
+broker_transport_options = {"confirm_publish": True}
+
+# A quorum queue is on disk before the publish is confirmed, and on every node of a cluster. The topic exchange
+# lets RabbitMQ itself hold tasks with a countdown, so that retries never block a worker. The name is not
+# Celery's default "celery": a queue of that name may exist already with another type, and RabbitMQ refuses to
+# change it (PRECONDITION_FAILED). Queues named with -Q are of the same kind.
+# both - https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html#using-quorum-queues
+task_default_queue = "tasks"
+task_default_queue_type = "quorum"
+task_default_exchange_type = "topic"
+task_create_missing_queue_type = "quorum"
+task_create_missing_queue_exchange_type = "topic"
+
+# --- Tasks ------------------------------------------------------------------------------------------------
+
+# Acknowledge a task after it ran, not before: when its worker dies, another worker gets it. A task may
+# therefore run twice; write it so that this does no harm.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#task-acks-late
+task_acks_late = True
+
+# When a pool process is killed in mid-task (out of memory, kill -9), run the task again as a retry: it counts
+# against max_retries, so a task that kills its process each time ends as a WorkerLostError instead of circling
+# for ever. Should the retry not be sent, the message goes back to the queue.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#task-retry-on-worker-lost
+task_retry_on_worker_lost = True
+task_reject_on_worker_lost = True
+
+# Such a retry waits for the task's default_retry_delay: 5 seconds instead of Celery's 180.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#task-annotations
+task_annotations = {"*": {"default_retry_delay": 5}}
+
+# Seconds after which a task that hangs is killed. Stay below 30 minutes: then RabbitMQ gives the task to somebody
+# else. A soft limit belongs to the single task; one for all would make a task's own, shorter time_limit wait for it.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#task-time-limit
+task_time_limit = 300
+
+# Keep trying to publish while RabbitMQ restarts (about 20 seconds), then raise OperationalError.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#task-publish-retry-policy
+task_publish_retry_policy = {"max_retries": 20, "interval_start": 0, "interval_step": 0.2, "interval_max": 1}
+
+# JSON only: whoever can write to a queue could run code in a worker that accepts pickle.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#accept-content
+accept_content = ["json"]
+task_serializer = "json"
+result_serializer = "json"
+
+# --- Worker -----------------------------------------------------------------------------------------------
+
+# Each process holds one task and reserves none, so that an idle worker finds work and a dead one keeps little.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#worker-prefetch-multiplier
+worker_prefetch_multiplier = 1
+
+# Flower lives on these events. Without Flower, drop them: they take a good part of the worker's main process.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#worker-send-task-events
+worker_send_task_events = True
+
+# SIGTERM waits for the running tasks. SIGQUIT, or SIGTERM with REMAP_SIGTERM=SIGQUIT, waits this many seconds,
+# then puts what still runs back on the queue.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#worker-soft-shutdown-timeout
+worker_soft_shutdown_timeout = 10.0
+
+# When the connection to RabbitMQ is lost, let running tasks finish: their results count, although RabbitMQ gives the
+# tasks out once more. Stopping them (True) leaves some of them revoked for good when results go through RabbitMQ too.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#worker-cancel-long-running-tasks-on-connection-loss
+worker_cancel_long_running_tasks_on_connection_loss = False
+
+# --- Results ----------------------------------------------------------------------------------------------
+
+# One key a task in Redis, or one message a result on the caller's own reply queue in RabbitMQ. The class is at
+# the end of this file; "rpc://" in its place goes back to Celery's own (and to its losses on a restart).
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend
+result_backend = service_url("REDIS") if _store == "redis" else f"{__name__}:ReplyQueueBackend"
+
+# With rediss://, check the server's certificate and host name (SSL_CERT_FILE as above).
+# redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#redis-backend-use-ssl
+if result_backend.startswith("rediss://"):
+    redis_backend_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+
+# Seconds until a result that nobody reads is removed, so that neither store fills up. Celery's default is a day.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-expires
+result_expires = 3600
+
+# Keep the task's name, arguments and retries beside the result, for whoever finds the key later.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-extended
+result_extended = True
+
+# Results on the reply queue survive a restart of RabbitMQ.
+# rabbitmq - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-persistent
+result_persistent = True
+
+# Worker and client try again while Redis is away, at least once a second. Without it, results are lost.
+# redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend-always-retry
+result_backend_always_retry = True
+result_backend_max_sleep_between_retries_ms = 1000
+
+# Every key starts with this, so that several projects can share one Redis and one ACL rule names them all.
+# The retry policy lets delay() fail after 5 seconds when Redis cannot be reached, instead of 19.
+# redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend-transport-options
+result_backend_transport_options = {"global_keyprefix": "celery-demo:", "retry_policy": {"timeout": 5.0}}
+
+# Seconds. Notice a Redis that is gone instead of waiting two minutes for its answer.
+# redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#redis-socket-timeout
+redis_socket_connect_timeout = 2.0
+redis_socket_timeout = 10.0
+redis_socket_keepalive = True
+
+# --- What the environment must not override ---------------------------------------------------------------
+
+# The celery command takes these variables for its own and lets them win over this file, in some processes only.
+for _name in ("BROKER_URL", "CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
+    if os.environ.get(_name) not in (None, "", broker_url):
+        _stop(f"{_name} is set in the environment and overrides RABBITMQ_URL: unset it, and set RABBITMQ_URL.")
+for _name in ("RESULT_BACKEND", "CELERY_RESULT_BACKEND"):
+    if os.environ.get(_name) not in (None, "", result_backend):
+        _stop(
+            f"{_name} is set in the environment and overrides RESULT_STORE: "
+            "unset it, and set RESULT_STORE=redis (with REDIS_URL) or RESULT_STORE=rabbitmq."
+        )
+
+# --- The RabbitMQ result backend --------------------------------------------------------------------------
+
+
+class ReplyConsumer(rpc.ResultConsumer):
+    """Waits for results, and goes on waiting after RabbitMQ restarted.
+
+    Celery's own tries to reconnect once and then never again. This one connects anew whenever somebody
+    waits for a result, and acknowledges a result after it has arrived, not when RabbitMQ sends it.
+    """
+
+    def start(self, initial_task_id: str, **kwargs: Any) -> None:
+        """Connect and consume from the reply queue. Raises what the connection raises."""
+        connection = self.app.connection_for_read()
+        self._connection_errors = (*connection.connection_errors, *connection.channel_errors, OperationalError)
+        try:
+            connection.connect()  # one attempt; the caller decides whether there is another
+            consumer = self.Consumer(
+                connection.default_channel, [self.backend.binding], callbacks=[self._on_reply], accept=self.accept
+            )
+            consumer.consume()
+        except BaseException:
+            connection.collect()
+            raise
+        self._connection, self._consumer = connection, consumer
+
+    def _on_reply(self, meta: dict[str, Any], message: Any) -> None:
+        self.on_state_change(meta, message)
+        message.ack()
+
+    def consume_from(self, task_id: str) -> None:
+        """Start consuming if this thread does not yet; if RabbitMQ is away, drain_events tries again."""
+        if self._consumer is None:
+            try:
+                self.start(task_id)
+            except self._connection_errors as exc:
+                self._disconnect(exc)
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Handle one result. Raises socket.timeout when none arrives within timeout, in seconds."""
+        try:
+            if self._consumer is None:
+                self.start("")
+            self._connection.drain_events(timeout=timeout)
+        except TimeoutError:
+            raise
+        except self._connection_errors as exc:
+            self._disconnect(exc)
+            time.sleep(min(timeout or 1.0, 1.0))
+
+    def _disconnect(self, exc: BaseException) -> None:
+        get_logger(__name__).warning("RabbitMQ is away (%s); results are waited for once it is back.", exc)
+        if self._connection is not None:
+            self._connection.collect()
+        self._connection = self._consumer = None
+
+
+class ReplyQueueBackend(rpc.RPCBackend):
+    """Celery's rpc:// backend, with a reply queue that survives a restart of RabbitMQ and of its reader.
+
+    Three things differ: the queue is not auto-delete (it was deleted, results and all, when RabbitMQ stopped),
+    the client reconnects until it succeeds, and it drops none of the results that nobody has asked for yet
+    (rpc:// keeps 8,192). The queue is removed once it has been unused for result_expires.
+    """
+
+    ResultConsumer = ReplyConsumer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pending_messages.maxsize = None
+
+    @property
+    def binding(self) -> Any:
+        """The reply queue of this client thread; results on it expire like keys in Redis."""
+        return self.Queue(
+            self.oid, self.exchange, self.oid, durable=True, expires=self.expires, message_ttl=self.expires
+        )

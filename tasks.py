@@ -1,0 +1,71 @@
+"""The tasks of the demo, one for each thing that a result can be.
+
+Start a worker with ``celery -A tasks worker``.
+"""
+
+import time
+from collections.abc import Sequence
+
+from celery import Celery, Task
+from celery.exceptions import SoftTimeLimitExceeded
+
+# worker.health: wrong passwords end the worker with one line, and Compose can ask whether it consumes.
+app = Celery("tasks", include=["worker.health"])
+app.config_from_object("celeryconfig")
+
+
+@app.task
+def add(x: float, y: float) -> float:
+    """Return x + y: the result is a value."""
+    return x + y
+
+
+# throws: an error that callers expect is logged in one line, without a traceback.
+@app.task(throws=(ZeroDivisionError,))
+def divide(x: float, y: float) -> float:
+    """Return x / y: the result may be an exception, which get() raises in the caller."""
+    return x / y
+
+
+# autoretry_for names the errors that go away by themselves; any other error fails the task at once.
+@app.task(bind=True, autoretry_for=(ConnectionError,), retry_backoff=True, retry_jitter=False, max_retries=3)
+def fetch_price(self: "Task[..., float]", product: str) -> float:
+    """Ask a shop that is down for the first two times: the result comes after two retries, 1 and 2 s later."""
+    if self.request.retries < 2:
+        raise ConnectionError(f"the shop does not answer (attempt {self.request.retries + 1})")
+    return 9.5 * len(product)
+
+
+# track_started: STARTED is written when the task begins. It doubles the writes of a quick task, so long ones only.
+@app.task(bind=True, track_started=True)
+def import_rows(self: "Task[..., int]", total: int) -> int:
+    """Import rows, a tenth of a second each, and report how many of them are done."""
+    for done in range(1, total + 1):
+        time.sleep(0.1)
+        self.update_state(state="PROGRESS", meta={"done": done, "total": total})
+    return total
+
+
+@app.task
+def count_words(text: str) -> int:
+    """Return the number of words in text: one part of a larger job."""
+    return len(text.split())
+
+
+@app.task
+def total(counts: Sequence[int]) -> int:
+    """Return the sum of the counts: puts the parts of a group together."""
+    return sum(counts)
+
+
+@app.task(track_started=True, throws=(SoftTimeLimitExceeded,))
+def nap(seconds: float) -> float:
+    """Sleep that long: something to revoke, or to run into a time limit."""
+    time.sleep(seconds)
+    return seconds
+
+
+@app.task(ignore_result=True)
+def log_visit(page: str) -> None:
+    """Note a visit to a page: nobody wants the result, so none is stored."""
+    print(f"visit to {page}")

@@ -1,0 +1,112 @@
+"""Fixtures: a RabbitMQ virtual host and a Redis database of the tests' own, and a worker for each store."""
+
+import importlib
+import os
+import sys
+import urllib.error
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import redis
+
+from celeryconfig import service_url
+from tests.servers import ROOT, RabbitMQ, Worker, free_redis_database
+
+APP_MODULES = ("celeryconfig", "tasks", "producer", "worker.health")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One store, with a virtual host, a Redis database and a place for logs."""
+
+    store: str
+    vhost: str
+    broker_url: str
+    redis_url: str
+    rabbitmq: RabbitMQ
+    logs: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment in which workers and clients of this stack run."""
+        return {"RESULT_STORE": self.store, "RABBITMQ_URL": self.broker_url, "REDIS_URL": self.redis_url}
+
+    def load(self, module: str) -> ModuleType:
+        """Import a module of the project anew, in this process and with this stack's environment."""
+        for name in APP_MODULES:
+            sys.modules.pop(name, None)
+        os.environ.update(self.env)
+        return importlib.import_module(module)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _in_project_folder() -> None:
+    """Work from any folder, and without a password variable: the URLs carry them from here on."""
+    os.chdir(ROOT)
+    os.environ["RABBITMQ_URL"], os.environ["REDIS_URL"] = service_url("RABBITMQ"), service_url("REDIS")
+    for name in ("RABBITMQ_PASSWORD", "REDIS_PASSWORD"):
+        os.environ.pop(name, None)
+
+
+def _stack(store: str, logs: Path) -> Iterator[Stack]:
+    rabbitmq = RabbitMQ(os.environ["RABBITMQ_URL"])
+    vhost = f"test-{uuid.uuid4().hex[:8]}"
+    before = dict(os.environ)
+    try:
+        broker_url = rabbitmq.create_vhost(vhost)
+    except (urllib.error.URLError, OSError) as exc:
+        pytest.exit(f"The tests need RabbitMQ's management API at {rabbitmq.api} (RABBITMQ_API): {exc}", 1)
+    redis_url = free_redis_database(os.environ["REDIS_URL"])
+    try:
+        yield Stack(store, vhost, broker_url, redis_url, rabbitmq, logs)
+    finally:
+        os.environ.update(before)
+        rabbitmq.delete_vhost(vhost)
+        with redis.Redis.from_url(redis_url, socket_timeout=10) as client:
+            client.flushdb()
+
+
+@pytest.fixture(scope="session", params=["redis", "rabbitmq"])
+def shared_stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Each store with one running worker, for the tests that leave it as it was."""
+    for stack in _stack(request.param, tmp_path_factory.mktemp(request.param)):
+        worker = Worker(stack.logs / "shared.log", env=stack.env)
+        try:
+            worker.wait_ready()
+            yield stack
+        finally:
+            worker.close()
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def stack(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stack]:
+    """Each store, without a worker: for the tests that break something."""
+    yield from _stack(request.param, tmp_path)
+
+
+@pytest.fixture
+def redis_stack(tmp_path: Path) -> Iterator[Stack]:
+    """A stack of the test's own with the results in Redis, without a worker."""
+    yield from _stack("redis", tmp_path)
+
+
+@pytest.fixture
+def rabbitmq_stack(tmp_path: Path) -> Iterator[Stack]:
+    """A stack of the test's own with the results in RabbitMQ, without a worker."""
+    yield from _stack("rabbitmq", tmp_path)
+
+
+@pytest.fixture
+def tasks(shared_stack: Stack) -> ModuleType:
+    """The tasks, with a worker running."""
+    return shared_stack.load("tasks")
+
+
+@pytest.fixture
+def producer(shared_stack: Stack) -> ModuleType:
+    """The producer, with a worker running."""
+    return shared_stack.load("producer")

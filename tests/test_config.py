@@ -1,0 +1,167 @@
+"""celeryconfig.py: it works alone, knows only settings that Celery knows, and reads its variables safely."""
+
+import json
+import os
+import re
+import shutil
+import ssl
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from celery import Celery
+from celery.app.backends import by_url
+from celery.app.defaults import SETTING_KEYS
+from celery.exceptions import ImproperlyConfigured
+from kombu.utils.url import maybe_sanitize_url
+
+from tests.conftest import Stack
+from tests.servers import ROOT, Worker, run
+
+HARD_PASSWORD = "p@:/%# ;?&word"
+PRINT_SETTINGS = "import celeryconfig, json; print(json.dumps({k: str(v) for k, v in vars(celeryconfig).items()}))"
+CLEAN = dict.fromkeys(["RESULT_STORE", "RABBITMQ_URL", "REDIS_URL", "BROKER_URL", "RESULT_BACKEND"], "")
+
+
+def _settings(**env: str) -> dict[str, str]:
+    done = run(sys.executable, "-c", PRINT_SETTINGS, env={**CLEAN, **env})
+    assert done.returncode == 0, done.stderr
+    settings: dict[str, str] = json.loads(done.stdout)
+    return settings
+
+
+def _unknown_settings(source: str) -> set[str]:
+    """Settings are set at the top level, or in an if at the top level."""
+    names: set[str] = set()
+    inside_function = False
+    for line in source.splitlines():
+        if re.match(r"(def|class|@)", line):
+            inside_function = True
+        elif re.match(r"\S", line):
+            inside_function = False
+        found = re.match(r"(?: {4})?([a-z]\w*) = ", line)
+        if found and not inside_function:
+            names.add(found[1])
+    assert len(names) > 25
+    return names - SETTING_KEYS
+
+
+def test_celery_knows_every_setting() -> None:
+    assert _unknown_settings((ROOT / "celeryconfig.py").read_text()) == set()
+
+
+def test_a_misspelt_setting_is_found() -> None:
+    source = (ROOT / "celeryconfig.py").read_text().replace("task_acks_late = True", "task_ack_late = True")
+    assert _unknown_settings(source) == {"task_ack_late"}
+
+
+def test_every_setting_has_a_scope_and_a_link() -> None:
+    source = (ROOT / "celeryconfig.py").read_text()
+    settings_part = source[source.index("# --- Broker") : source.index("# --- What the environment")]
+    blocks = [block for block in settings_part.split("\n\n") if " = " in block]
+    assert len(blocks) > 20
+    for block in blocks:
+        assert re.search(r"^# (redis|rabbitmq|both) - https://docs\.celeryq\.dev/\S+#\S+$", block, re.MULTILINE), block
+
+
+def test_without_variables_it_uses_redis_and_the_usual_local_servers() -> None:
+    settings = _settings()
+    assert settings["broker_url"] == "amqp://guest:guest@localhost:5672//"
+    assert settings["result_backend"] == "redis://localhost:6379/0"
+
+
+def test_result_store_switches_the_result_backend_and_nothing_else() -> None:
+    redis, rabbitmq = _settings(RESULT_STORE="redis"), _settings(RESULT_STORE="rabbitmq")
+    assert rabbitmq["result_backend"] == "celeryconfig:ReplyQueueBackend"
+    different = {
+        name
+        for name in redis
+        if redis[name] != rabbitmq[name] and not name.startswith("__") and " at 0x" not in redis[name]
+    }
+    assert different == {"result_backend", "_store"}
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_password_of_its_own_is_escaped_and_never_shown(from_file: bool, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text(HARD_PASSWORD + "\n")
+    given = {"RABBITMQ_PASSWORD_FILE": str(secret)} if from_file else {"RABBITMQ_PASSWORD": HARD_PASSWORD}
+    url = _settings(RABBITMQ_URL="amqp://demo:old@rabbitmq:5672/demo", **given)["broker_url"]
+    assert url == "amqp://demo:p%40%3A%2F%25%23%20%3B%3F%26word@rabbitmq:5672/demo"
+    with Celery(broker=url).connection_for_write() as connection:
+        assert connection.password == HARD_PASSWORD
+        assert "word" not in connection.as_uri()
+    assert "word" not in maybe_sanitize_url(url)
+
+
+def test_tls_urls_are_verified() -> None:
+    settings = _settings(RABBITMQ_URL="amqps://demo@mq.example/demo", REDIS_URL="rediss://cache.example/0")
+    assert settings["broker_use_ssl"] == str({"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": "mq.example"})
+    assert settings["redis_backend_use_ssl"] == str({"ssl_cert_reqs": ssl.CERT_REQUIRED})
+    assert "broker_use_ssl" not in _settings()
+
+
+def test_it_works_alone_in_a_package_of_another_project(stack: Stack, tmp_path: Path) -> None:
+    """Copy nothing but celeryconfig.py, as the README tells people to, and fetch a result."""
+    package = tmp_path / "shop"
+    package.mkdir()
+    shutil.copy(ROOT / "celeryconfig.py", package)
+    (package / "__init__.py").touch()
+    (package / "celery.py").write_text(
+        "from celery import Celery\n"
+        "app = Celery('shop')\n"
+        "app.config_from_object('shop.celeryconfig')\n"
+        "@app.task(name='double')\n"
+        "def double(x):\n"
+        "    return 2 * x\n"
+    )
+    worker = Worker(tmp_path / "alone.log", cwd=tmp_path, app="shop", env={**stack.env, "PYTHONPATH": ""})
+    try:
+        worker.wait_ready()
+        client = "from shop.celery import double; print(double.delay(21).get(timeout=30))"
+        done = run(sys.executable, "-c", client, cwd=tmp_path, env={**stack.env, "PYTHONPATH": ""})
+        assert (done.stdout, done.returncode) == ("42\n", 0), done.stderr
+    finally:
+        worker.close()
+
+
+# --- Every variable of docker-compose.yml stands in .env.example with its default -------------------------
+
+
+def test_env_example_and_compose_agree() -> None:
+    compose = (ROOT / "docker-compose.yml").read_text()
+    used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", compose))
+    assert set(re.findall(r"(?<!\$)\$\{?(\w+)", compose)) == set(used), "a variable without a default"
+    example = (ROOT / ".env.example").read_text()
+    assert dict(re.findall(r"^(\w+)=(.*)$", example, re.MULTILINE)) == used
+    for name in used:
+        assert re.search(rf"^#.+\n(#.+\n|\w+=.*\n)*{name}=", example, re.MULTILINE), f"{name} has no reason above it"
+
+
+# --- From the old article to today: what the README says about it -----------------------------------------
+
+
+def test_the_amqp_result_backend_is_gone() -> None:
+    with pytest.raises(ImproperlyConfigured, match="Unknown result backend: 'amqp'"):
+        by_url("amqp://guest:guest@localhost:5672//", Celery().loader)
+
+
+def test_old_setting_names_alone_still_work() -> None:
+    app = Celery()
+    app.config_from_object({"BROKER_URL": "amqp://old", "CELERY_RESULT_BACKEND": "redis://old"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (app.conf.broker_url, app.conf.result_backend) == ("amqp://old", "redis://old")
+
+
+def test_old_and_new_setting_names_must_not_be_mixed() -> None:
+    app = Celery()
+    app.config_from_object({"CELERY_RESULT_BACKEND": "redis://old", "task_acks_late": True})
+    with pytest.raises(ImproperlyConfigured, match="Cannot mix new and old setting keys"):
+        app.conf.task_acks_late  # noqa: B018
+
+
+def test_celery_does_not_use_pika() -> None:
+    code = "import sys; import tasks; tasks.app.connection().transport; print('pika' in sys.modules)"
+    assert run(sys.executable, "-c", code, env={**os.environ, **CLEAN}).stdout == "False\n"

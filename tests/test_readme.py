@@ -1,0 +1,73 @@
+"""What README.md shows is what happens."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Stack
+from tests.servers import ROOT, Worker, run
+
+README = (ROOT / "README.md").read_text()
+
+
+def _same_every_time(text: str) -> list[str]:
+    """Return the lines of a tour without what differs from run to run: times, ids and this machine's URLs."""
+    text = re.sub(r"[\d.]+ m?s\b", "TIME", text)
+    text = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "ID", text)
+    return [line for line in text.splitlines() if not re.match(r"  (broker|result backend) ", line)]
+
+
+def test_the_tour_in_the_readme_is_the_tour(shared_stack: Stack) -> None:
+    shown = re.search(rf"<!-- tour:{shared_stack.store} -->\n```text\n(.*?)```", README, re.DOTALL)
+    assert shown
+    shown_lines = _same_every_time(shown[1])
+    assert len(shown_lines) > 10
+    tour = run(sys.executable, "producer.py", env=shared_stack.env)
+    printed = _same_every_time(tour.stdout)
+    missing = [line for line in shown_lines if line not in printed]
+    assert not missing
+    if shared_stack.store == "redis":  # shown as a whole
+        assert shown_lines == printed[: len(shown_lines)]
+        assert "steps ended as announced" in shown_lines[-1]
+
+
+def test_the_plain_project_in_the_readme_works(stack: Stack, tmp_path: Path) -> None:
+    code = re.search(r"```python\n# jobs\.py\n(.*?)```", README, re.DOTALL)
+    assert code
+    (tmp_path / "jobs.py").write_text(code[1])
+    (tmp_path / "celeryconfig.py").write_text((ROOT / "celeryconfig.py").read_text())
+    alone = {**stack.env, "PYTHONPATH": ""}
+    worker = Worker(tmp_path / "jobs.log", cwd=tmp_path, app="jobs", env=alone)
+    try:
+        worker.wait_ready()
+        client = "from jobs import double; print(double.delay(21).get(timeout=10))"
+        done = run(sys.executable, "-c", client, cwd=tmp_path, env=alone)
+        assert (done.stdout, done.returncode) == ("42\n", 0), done.stderr
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize(
+    ("what", "env"),
+    [
+        ("unknown `RESULT_STORE`", {"RESULT_STORE": "memcached"}),
+        ("malformed URL", {"RABBITMQ_URL": "amqp://demo:pass/word@rabbitmq:5672/demo"}),
+        ("wrong password", {"RABBITMQ_PASSWORD": "wrong"}),
+        ("server down", {"REDIS_URL": "redis://127.0.0.1:1/0"}),
+        ("no worker", {}),
+        ("Celery's own variables in the way", {"CELERY_RESULT_BACKEND": "redis://elsewhere"}),
+    ],
+)
+def test_the_readme_quotes_the_error_line(what: str, env: dict[str, str], redis_stack: Stack) -> None:
+    row = re.search(rf"^\| {re.escape(what)} \| `(.*)` \|$", README, re.MULTILINE)
+    assert row
+    done = run(sys.executable, "producer.py", env={**redis_stack.env, **env})
+    line = re.sub(r"(RabbitMQ|Redis) at \S+", r"\1 at SERVER", done.stderr)
+    assert line.startswith(re.sub(r"(RabbitMQ|Redis) at \S+", r"\1 at SERVER", row[1]))
+
+
+def test_the_readme_names_every_file() -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists() or link == "LICENSE", link

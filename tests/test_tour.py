@@ -1,0 +1,79 @@
+"""Every step of the tour, on both stores, and the tour as a whole."""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.conftest import Stack
+from tests.servers import run
+
+ENDS = {
+    "value": "5",
+    "failure": "ZeroDivisionError: division by zero",
+    "retry": "28.5 after 2 retries",
+    "progress": "10",
+    "group": "[4, 2, 3]",
+    "chain": "15, and its parent is 5",
+    "revoke": "TaskRevokedError: terminated",
+    "time_limit": "SoftTimeLimitExceeded: SoftTimeLimitExceeded()",
+    "ignored": "None",
+    "where": "42",
+}
+CHORD_ENDS = {
+    "redis": "9",
+    "rabbitmq": 'NotImplementedError: The "rpc" result backend does not support chords!',
+}
+
+
+@pytest.mark.parametrize("name", [*ENDS, "chord"])
+def test_each_step_ends_as_announced(
+    producer: ModuleType, shared_stack: Stack, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end = CHORD_ENDS[shared_stack.store] if name == "chord" else ENDS[name]
+    step = producer.STEPS[name]
+    assert producer.run_step(1, step)
+    printed = capsys.readouterr().out
+    assert f"-> {end}   (" in printed
+    assert step.run.__doc__ in printed
+    assert step.call in printed
+
+
+def test_every_step_is_tested(producer: ModuleType) -> None:
+    assert {*ENDS, "chord"} == set(producer.STEPS)
+
+
+def test_a_step_that_ends_otherwise_is_noticed(producer: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = producer.Step("wrong", "add.delay(2, 3).get()", lambda: "6", producer.STEPS["value"].run)
+    assert not producer.run_step(1, wrong)
+    assert "NOT AS ANNOUNCED: this step should end with 6" in capsys.readouterr().out
+
+
+def test_the_whole_tour_exits_with_0(shared_stack: Stack) -> None:
+    tour = run(sys.executable, "producer.py", env=shared_stack.env)
+    assert tour.returncode == 0, tour.stdout + tour.stderr
+    assert "11 of 11 steps ended as announced" in tour.stdout
+    assert "What next?" in tour.stdout
+    assert tour.stderr == ""
+
+
+def test_the_tour_runs_chosen_steps(shared_stack: Stack) -> None:
+    tour = run(sys.executable, "producer.py", "value", "ignored", env=shared_stack.env)
+    assert tour.returncode == 0, tour.stdout + tour.stderr
+    assert "2 of 2 steps ended as announced" in tour.stdout
+    unknown = run(sys.executable, "producer.py", "nonsense", env=shared_stack.env)
+    assert unknown.returncode == 2
+    assert "there is no step nonsense; the steps are value, failure" in unknown.stderr
+
+
+def test_progress_is_reported_while_the_task_runs(tasks: ModuleType) -> None:
+    reports: list[dict[str, Any]] = []
+    assert tasks.import_rows.delay(3).get(timeout=30, on_message=reports.append) == 3
+    assert [meta["result"]["done"] for meta in reports if meta["status"] == "PROGRESS"] == [1, 2, 3]
+
+
+def test_a_hard_time_limit_ends_a_task_that_ignores_the_soft_one(tasks: ModuleType) -> None:
+    with pytest.raises(Exception, match=r"TimeLimitExceeded\(1") as caught:
+        tasks.nap.apply_async((30,), time_limit=1).get(timeout=30)
+    assert type(caught.value).__name__ == "TimeLimitExceeded"

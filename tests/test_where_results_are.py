@@ -1,0 +1,143 @@
+"""The witnesses: with each store, the results are in it and nothing of them is in the other one."""
+
+import json
+import threading
+from collections.abc import Callable
+from types import ModuleType
+
+import pika
+import pytest
+import redis
+from celery.exceptions import TimeoutError as ResultTimeout
+from celery.result import AsyncResult
+
+import witness
+from tests.conftest import Stack
+from tests.servers import wait_until
+
+
+def _in_new_thread(action: Callable[[], None]) -> None:
+    """Run an action in a thread of its own: it is a client of its own, with its own reply queue."""
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            action()
+        except BaseException as exc:
+            errors.append(exc)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+
+
+def _result_keys(stack: Stack) -> list[str]:
+    with redis.Redis.from_url(stack.redis_url, decode_responses=True, socket_timeout=10) as client:
+        return [key for key in client.scan_iter(count=1000) if key != "taken-by-tests"]
+
+
+def test_a_result_is_in_its_store_and_nowhere_else(tasks: ModuleType, shared_stack: Stack) -> None:
+    def look() -> None:
+        before = set(_result_keys(shared_stack))
+        result = tasks.add.delay(20, 22)
+        oid = tasks.app.thread_oid
+        if shared_stack.store == "redis":
+            key = wait_until(lambda: witness.find_result_key(shared_stack.redis_url, result.id), "key in Redis")
+            assert key.name == f"celery-demo:celery-task-meta-{result.id}"
+            assert 0 < key.ttl <= 3600
+            assert (key.content["status"], key.content["result"]) == ("SUCCESS", 42)
+            assert witness.find_reply_queue(shared_stack.broker_url, oid) is None
+            names = {queue["name"] for queue in shared_stack.rabbitmq.queues(shared_stack.vhost)}
+            assert {name for name in names if not name.startswith(("celery_delayed_", "celeryev.", "shared@"))} == {
+                "tasks"
+            }
+        else:
+
+            def arrived() -> witness.ReplyQueue | None:
+                queue = witness.find_reply_queue(shared_stack.broker_url, oid)
+                return queue if queue and queue.messages else None
+
+            queue = wait_until(arrived, "message on the reply queue")
+            assert queue.messages == 1
+            assert queue.content is not None
+            assert (queue.content["task_id"], queue.content["result"]) == (result.id, 42)
+            assert set(_result_keys(shared_stack)) == before == set()
+        assert result.get(timeout=30) == 42
+
+    _in_new_thread(look)
+
+
+def test_who_can_read_a_result_again(tasks: ModuleType, shared_stack: Stack) -> None:
+    result = tasks.add.delay(1, 2)
+    assert result.get(timeout=30) == 3
+    assert result.get(timeout=30) == 3  # the object remembers
+    another: AsyncResult[int] = AsyncResult(result.id, app=tasks.app)
+    if shared_stack.store == "redis":
+        assert another.get(timeout=30) == 3
+    else:
+        with pytest.raises(ResultTimeout):
+            another.get(timeout=1)
+
+
+def test_the_reply_queue_is_durable_and_expires(tasks: ModuleType, shared_stack: Stack) -> None:
+    if shared_stack.store == "redis":
+        pytest.skip("Redis has keys, no reply queue")
+    tasks.add.delay(1, 2).get(timeout=30)
+    names = {queue["name"]: queue for queue in shared_stack.rabbitmq.queues(shared_stack.vhost)}
+    queue = names[tasks.app.thread_oid]
+    assert queue["durable"] is True
+    assert queue["auto_delete"] is False
+    arguments = queue["arguments"]
+    assert (arguments["x-expires"], arguments["x-message-ttl"]) == (3_600_000, 3_600_000)
+
+
+def test_nothing_of_an_ignored_result_is_stored(tasks: ModuleType, shared_stack: Stack) -> None:
+    def look() -> None:
+        result = tasks.log_visit.delay("/home")
+        assert result.get(timeout=30) is None
+        tasks.add.delay(1, 1).get(timeout=30)
+        assert witness.find_result_key(shared_stack.redis_url, result.id) is None
+        queue = witness.find_reply_queue(shared_stack.broker_url, tasks.app.thread_oid)
+        assert queue is None or queue.messages == 0
+
+    _in_new_thread(look)
+
+
+def test_task_messages_wait_in_a_quorum_queue(shared_stack: Stack) -> None:
+    queue = {queue["name"]: queue for queue in shared_stack.rabbitmq.queues(shared_stack.vhost)}["tasks"]
+    assert queue["type"] == "quorum"
+    with witness.rabbitmq_channel(shared_stack.broker_url) as channel:
+        channel.exchange_declare("tasks", "topic", passive=True)
+
+
+def test_no_early_result_is_dropped_however_many_there_are(tasks: ModuleType, shared_stack: Stack) -> None:
+    """Celery's rpc:// keeps 8,192 results that nobody waits for yet, and drops the oldest without a word."""
+    if shared_stack.store == "redis":
+        pytest.skip("Redis keeps results on the server")
+
+    def fetch_first_of_many() -> None:
+        first = tasks.add.delay(1, 2)
+        oid = tasks.app.thread_oid
+        wait_until(
+            lambda: (queue := witness.find_reply_queue(shared_stack.broker_url, oid)) and queue.messages,
+            "the first result",
+        )
+        with witness.rabbitmq_channel(shared_stack.broker_url) as channel:
+            for number in range(8_300):
+                reply = {"task_id": f"other-{number}", "status": "SUCCESS", "result": number, "children": []}
+                channel.basic_publish(
+                    "",
+                    oid,
+                    json.dumps(reply),
+                    pika.BasicProperties(
+                        content_type="application/json", content_encoding="utf-8", correlation_id=reply["task_id"]
+                    ),
+                )
+        last: AsyncResult[int] = AsyncResult("other-8299", app=tasks.app)
+        assert last.get(timeout=60) == 8_299
+        assert first.get(timeout=30) == 3
+
+    _in_new_thread(fetch_first_of_many)

@@ -1,0 +1,146 @@
+"""The independent witnesses: pika and redis-py look into RabbitMQ and Redis behind Celery's back.
+
+The producer shows with them where a result really is, the worker checks its passwords, the tests compare.
+"""
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pika
+import pika.exceptions
+import redis
+
+TIMEOUT = 5.0  # seconds that a server has for its answer
+
+
+class ServerError(Exception):
+    """A server cannot be used; the message is one line that says why and what to do."""
+
+
+class Unreachable(ServerError):
+    """Nothing answers: the server is down, starting, or somewhere else."""
+
+
+class Refused(ServerError):
+    """The server answers, and refuses the user, the password or the virtual host."""
+
+
+@dataclass(frozen=True)
+class ResultKey:
+    """A result in Redis: the key's name, the seconds until it expires, and what is in it."""
+
+    name: str
+    ttl: int
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReplyQueue:
+    """A reply queue in RabbitMQ: its name, how many messages and consumers it has, and its first message."""
+
+    name: str
+    messages: int
+    consumers: int
+    content: dict[str, Any] | None
+
+
+@contextmanager
+def rabbitmq_channel(url: str) -> Iterator[Any]:
+    """Open a channel with pika. Raises Unreachable or Refused."""
+    parts = urlsplit(url)
+    where = f"RabbitMQ at {parts.hostname}:{parts.port or (5671 if parts.scheme == 'amqps' else 5672)}"
+    user = unquote(parts.username or "guest")
+    parameters = pika.URLParameters(url)
+    parameters.socket_timeout = parameters.stack_timeout = TIMEOUT
+    try:
+        connection = pika.BlockingConnection(parameters)
+    except pika.exceptions.ProbableAuthenticationError:
+        raise Refused(
+            f"{where} refuses the user {user!r} or its password. Check RABBITMQ_URL and RABBITMQ_PASSWORD. A password "
+            "changed after the first start is not taken over: docker compose down -v starts with an empty volume."
+        ) from None
+    except pika.exceptions.ProbableAccessDeniedError:
+        raise Refused(
+            f"{where} has no virtual host {parameters.virtual_host!r}, or {user!r} has no right to use it. "
+            "Check the end of RABBITMQ_URL."
+        ) from None
+    except (pika.exceptions.AMQPError, OSError) as exc:
+        raise Unreachable(
+            f"{where} cannot be reached ({_reason(exc)}). Is it running (docker compose up -d rabbitmq), "
+            "and is RABBITMQ_URL right?"
+        ) from None
+    try:
+        yield connection.channel()
+    finally:
+        if connection.is_open:
+            connection.close()
+
+
+@contextmanager
+def redis_client(url: str) -> Iterator[redis.Redis]:
+    """Open a redis-py client. Raises Unreachable or Refused."""
+    parts = urlsplit(url)
+    where = f"Redis at {parts.hostname}:{parts.port or 6379}"
+    client = redis.Redis.from_url(
+        url, decode_responses=True, socket_connect_timeout=TIMEOUT, socket_timeout=TIMEOUT, retry=None
+    )
+    try:
+        client.ping()
+        yield client
+    except (redis.AuthenticationError, redis.exceptions.NoPermissionError):
+        raise Refused(f"{where} refuses the user or the password. Check REDIS_URL and REDIS_PASSWORD.") from None
+    except (redis.ConnectionError, redis.TimeoutError) as exc:
+        raise Unreachable(
+            f"{where} cannot be reached ({_reason(exc)}). Is it running (docker compose up -d redis), "
+            "and is REDIS_URL right?"
+        ) from None
+    finally:
+        client.close()
+
+
+def _reason(exc: BaseException) -> str:
+    """Return the system's own words for an error; both libraries wrap them in errors of their own."""
+    for wrapped in (getattr(exc, "exception", None), *exc.args, exc.__cause__, exc.__context__):
+        if isinstance(wrapped, BaseException):
+            return _reason(wrapped)
+    if isinstance(exc, socket.gaierror):
+        return "unknown host name"
+    return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+
+
+def find_result_key(url: str, task_id: str) -> ResultKey | None:
+    """Return the key of a task's result in Redis, whatever its prefix, or None. Raises ServerError."""
+    with redis_client(url) as client:
+        for name in client.scan_iter(match=f"*celery-task-meta-{task_id}", count=1000):
+            content = client.get(name)
+            if content is not None:
+                return ResultKey(name, int(client.ttl(name)), json.loads(content))
+    return None
+
+
+def find_reply_queue(url: str, name: str) -> ReplyQueue | None:
+    """Return a reply queue in RabbitMQ with its first message (which stays there), or None. Raises ServerError."""
+    with rabbitmq_channel(url) as channel:
+        try:
+            declared = channel.queue_declare(name, passive=True).method
+        except pika.exceptions.ChannelClosedByBroker:
+            return None
+        delivery, _, body = channel.basic_get(name)
+        if delivery is not None:
+            channel.basic_nack(delivery.delivery_tag, requeue=True)
+        content = None if body is None else json.loads(body)
+        return ReplyQueue(name, declared.message_count, declared.consumer_count, content)
+
+
+def count_consumers(url: str, queue: str) -> int:
+    """Return how many workers consume from a queue; 0 also when there is no such queue. Raises ServerError."""
+    with rabbitmq_channel(url) as channel:
+        try:
+            return int(channel.queue_declare(queue, passive=True).method.consumer_count)
+        except pika.exceptions.ChannelClosedByBroker:
+            return 0
