@@ -14,19 +14,31 @@ Above each setting stands the reason for its value, then the result backend that
 """
 
 import os
+import re
 import ssl
 import time
+import weakref
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
+from celery import Task
 from celery.backends import rpc
 from celery.utils.log import get_logger
 from kombu.exceptions import OperationalError
 
-_SERVICES = {  # scheme, what its path means, default URL
-    "RABBITMQ": ("amqp", "VHOST", "amqp://guest:guest@localhost:5672//"),
-    "REDIS": ("redis", "0", "redis://localhost:6379/0"),
+_LOGIN_HOST_PORT = r"://([^:/?#;@]*(:[^:/?#;@]*)?@)?([^:/?#;@\[\]]+|\[[\da-fA-F:.]+\])(:\d+)?"
+_SERVICES = {  # what a URL must match, what it looks like, its default
+    "RABBITMQ": (
+        rf"amqps?{_LOGIN_HOST_PORT}(/[^?#;@]*)?",
+        "amqp://USER:PASSWORD@HOST:PORT/VHOST (amqps:// for TLS)",
+        "amqp://guest:guest@localhost:5672//",
+    ),
+    "REDIS": (
+        rf"rediss?{_LOGIN_HOST_PORT}(/\d*)?(\?[^#@]*)?",
+        "redis://USER:PASSWORD@HOST:PORT/0 (rediss:// for TLS)",
+        "redis://localhost:6379/0",
+    ),
 }
 
 
@@ -36,14 +48,17 @@ def _stop(problem: str) -> NoReturn:
 
 
 def _password(service: str) -> str | None:
-    """Return the password of SERVICE_PASSWORD or of the file that SERVICE_PASSWORD_FILE names, if any."""
-    path = os.environ.get(f"{service}_PASSWORD_FILE")
+    """Return the password in SERVICE_PASSWORD, or in the file that SERVICE_PASSWORD_FILE names, or None."""
+    password, path = os.environ.get(f"{service}_PASSWORD"), os.environ.get(f"{service}_PASSWORD_FILE")
     if not path:
-        return os.environ.get(f"{service}_PASSWORD")
+        return password
+    if password:
+        _stop(f"{service}_PASSWORD and {service}_PASSWORD_FILE are both set: unset one of them.")
     try:
-        return Path(path).read_text(encoding="utf-8").rstrip("\r\n")
-    except OSError as exc:
-        _stop(f"{service}_PASSWORD_FILE names {path}, which cannot be read: {exc.strerror}.")
+        password = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        _stop(f"{service}_PASSWORD_FILE names {path}, which cannot be read: {getattr(exc, 'strerror', 'no UTF-8')}.")
+    return password or _stop(f"{service}_PASSWORD_FILE names {path}, which is empty.")
 
 
 def service_url(service: str) -> str:
@@ -51,25 +66,38 @@ def service_url(service: str) -> str:
 
     A malformed one ends the process; the message does not show it, for the password's sake.
     """
-    scheme, path, default = _SERVICES[service]
+    pattern, form, default = _SERVICES[service]
+    url = os.environ.get(f"{service}_URL") or default
     try:
-        parts = urlsplit(os.environ.get(f"{service}_URL") or default)
-        well_formed = parts.scheme in (scheme, f"{scheme}s") and parts.hostname and parts.port != 0
-        if scheme == "redis":
-            well_formed = well_formed and (parts.path.strip("/") or "0").isdecimal()
-    except ValueError:  # a port that is no number, often the end of a password with a / or # in it
+        parts = urlsplit(url)
+        well_formed = re.fullmatch(pattern, url, re.ASCII) and parts.port != 0
+    except ValueError:  # a port above 65535
         well_formed = False
     if not well_formed:
         _stop(
-            f"{service}_URL is malformed. It must look like {scheme}://USER:PASSWORD@HOST:PORT/{path} "
-            f"({scheme}s:// for TLS). Write @ : / % # in the password as %40 %3A %2F %25 %23, "
-            f"or give the password in {service}_PASSWORD."
+            f"{service}_URL is malformed. It must look like {form}. Write @ : / % # ? ; in the password "
+            f"as %40 %3A %2F %25 %23 %3F %3B, or give the password in {service}_PASSWORD."
         )
     password = _password(service)
     if password:
         user, _, host = parts.netloc.rpartition("@")
         parts = parts._replace(netloc=f"{user.partition(':')[0]}:{quote(password, safe='')}@{host}")
     return parts.geturl()
+
+
+class _RetryDelay:
+    """An annotation for all tasks: a default_retry_delay, in seconds, for those that do not set one."""
+
+    def __init__(self, seconds: int) -> None:
+        self.seconds = seconds
+
+    def annotate_any(self) -> dict[str, int]:
+        """Celery asks for the settings of any task first."""
+        return {}
+
+    def annotate(self, task: "Task[..., Any]") -> dict[str, int]:
+        """Return what to set on this task."""
+        return {"default_retry_delay": self.seconds} if task.default_retry_delay == Task.default_retry_delay else {}
 
 
 _store = os.environ.get("RESULT_STORE") or "redis"
@@ -82,8 +110,8 @@ if _store not in ("redis", "rabbitmq"):
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-url
 broker_url = service_url("RABBITMQ")
 
-# With amqps://, check the server's certificate and its host name; Celery checks neither unless told to.
-# A certificate authority of your own goes into the standard variable SSL_CERT_FILE.
+# With amqps://, check the certificate's host name, too: by itself Celery checks only that it is signed by somebody
+# trusted. The certificate authority of your own servers goes into the standard variable SSL_CERT_FILE.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-use-ssl
 if broker_url.startswith("amqps://"):
     broker_use_ssl = {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": urlsplit(broker_url).hostname}
@@ -121,9 +149,9 @@ task_acks_late = True
 task_retry_on_worker_lost = True
 task_reject_on_worker_lost = True
 
-# Such a retry waits for the task's default_retry_delay: 5 seconds instead of Celery's 180.
+# Such a retry comes after 5 seconds, not after Celery's 180, unless the task sets a default_retry_delay of its own.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#task-annotations
-task_annotations = {"*": {"default_retry_delay": 5}}
+task_annotations = [_RetryDelay(5)]
 
 # Seconds after which a task that hangs is killed. Stay below 30 minutes: then RabbitMQ gives the task to somebody
 # else. A soft limit belongs to the single task; one for all would make a task's own, shorter time_limit wait for it.
@@ -216,65 +244,72 @@ for _name in ("RESULT_BACKEND", "CELERY_RESULT_BACKEND"):
 # --- The RabbitMQ result backend --------------------------------------------------------------------------
 
 
+# The connection that consumes from each reply queue: two consumers would share the results between them.
+_consuming: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
+
+
 class ReplyConsumer(rpc.ResultConsumer):
     """Waits for results, and goes on waiting after RabbitMQ restarted.
 
-    Celery's own tries to reconnect once and then never again. This one connects anew whenever somebody
-    waits for a result, and acknowledges a result after it has arrived, not when RabbitMQ sends it.
+    Celery's own tries to reconnect once and then never again. This one connects anew whenever somebody waits for
+    a result, and acknowledges a result when it has arrived, so that one that was on its way is sent once more.
     """
 
     def start(self, initial_task_id: str, **kwargs: Any) -> None:
-        """Connect and consume from the reply queue. Raises what the connection raises."""
+        """Connect, with one attempt, and consume from the reply queue. Raises what the connection raises."""
         connection = self.app.connection_for_read()
         self._connection_errors = (*connection.connection_errors, *connection.channel_errors, OperationalError)
+        queue = self.backend.binding
+        # Python gives a new thread the identity of an ended one, and with it the queue's name. The ended one's
+        # connection may still be open; closed, RabbitMQ sends what it held to us.
+        if left_over := _consuming.pop(queue.name, None):
+            left_over.collect()
         try:
-            connection.connect()  # one attempt; the caller decides whether there is another
+            connection.ensure_connection(max_retries=0)
             consumer = self.Consumer(
-                connection.default_channel, [self.backend.binding], callbacks=[self._on_reply], accept=self.accept
+                connection.default_channel, [queue], callbacks=[self._on_reply], accept=self.accept
             )
             consumer.consume()
         except BaseException:
             connection.collect()
             raise
         self._connection, self._consumer = connection, consumer
+        _consuming[queue.name] = connection
 
     def _on_reply(self, meta: dict[str, Any], message: Any) -> None:
-        self.on_state_change(meta, message)
+        try:
+            self.on_state_change(meta, message)
+        except BaseException:  # the caller's on_message raised: keep the result for the next get()
+            message.requeue()
+            raise
         message.ack()
 
     def consume_from(self, task_id: str) -> None:
-        """Start consuming if this thread does not yet; if RabbitMQ is away, drain_events tries again."""
-        if self._consumer is None:
-            try:
-                self.start(task_id)
-            except self._connection_errors as exc:
-                self._disconnect(exc)
+        """Do nothing: drain_events connects, in the one thread or greenlet that waits."""
 
     def drain_events(self, timeout: float | None = None) -> None:
-        """Handle one result. Raises socket.timeout when none arrives within timeout, in seconds."""
+        """Handle one result. Raises TimeoutError when none arrives within timeout, in seconds."""
         try:
             if self._consumer is None:
                 self.start("")
             self._connection.drain_events(timeout=timeout)
-        except TimeoutError:
+        except TimeoutError:  # nothing came; Drainer asks again until get() has waited long enough
             raise
         except self._connection_errors as exc:
-            self._disconnect(exc)
+            get_logger(__name__).warning("RabbitMQ is away (%s); results are waited for once it is back.", exc)
+            if self._connection is not None:
+                self._connection.collect()
+            self._connection = self._consumer = None
             time.sleep(min(timeout or 1.0, 1.0))
-
-    def _disconnect(self, exc: BaseException) -> None:
-        get_logger(__name__).warning("RabbitMQ is away (%s); results are waited for once it is back.", exc)
-        if self._connection is not None:
-            self._connection.collect()
-        self._connection = self._consumer = None
 
 
 class ReplyQueueBackend(rpc.RPCBackend):
     """Celery's rpc:// backend, with a reply queue that survives a restart of RabbitMQ and of its reader.
 
-    Three things differ: the queue is not auto-delete (it was deleted, results and all, when RabbitMQ stopped),
-    the client reconnects until it succeeds, and it drops none of the results that nobody has asked for yet
-    (rpc:// keeps 8,192). The queue is removed once it has been unused for result_expires.
+    Four things differ. The queue is not auto-delete: it was deleted, results and all, when RabbitMQ stopped. The
+    client reconnects until it succeeds. A new thread does not share its queue with an ended one. And no result
+    is dropped that arrives before its get() (rpc:// keeps 8,192), so fetch or forget() each one: they take memory.
+    The queue is removed when nobody has used it for result_expires: a result that takes longer needs Redis.
     """
 
     ResultConsumer = ReplyConsumer

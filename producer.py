@@ -39,7 +39,7 @@ from celeryconfig import service_url
 from tasks import add, app, count_words, divide, fetch_price, import_rows, log_visit, nap, total
 
 TIMEOUT = 30.0  # seconds that any single result may take
-WORKER_TIMEOUT = 10.0  # seconds that a worker may take to start
+WORKER_TIMEOUT = 20.0  # seconds that a worker may take to start
 LINES = ["the quick brown fox", "jumps over", "the lazy dog"]
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -274,7 +274,7 @@ def check_servers() -> None:
                 f"no worker consumes from the queue {queue!r}, so no task would ever run. "
                 "Start one: docker compose up -d worker, or without Docker: celery -A tasks worker"
             )
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 def print_next_commands() -> None:
@@ -286,11 +286,13 @@ def print_next_commands() -> None:
         console.print(f"  see these tasks in Flower     http://127.0.0.1:{flower_port}  {login}")
         console.print(f"  see the queues in RabbitMQ    http://127.0.0.1:{os.environ['RABBITMQ_PORT']}  (the same)")
         console.print(f"  the results in the other one  Ctrl-C, then RESULT_STORE={store} docker compose up")
-        console.print("  the tour again, or a step     docker compose run --rm producer python producer.py where")
+        console.print(
+            "  the tour again, or a step     docker compose run --rm --no-deps producer python producer.py where"
+        )
         console.print("  remove everything             docker compose down -v")
     else:
         console.print("  one step of the tour          python producer.py where")
-        console.print("  see the tasks in Flower       FLOWER_UNAUTHENTICATED_API=true celery -A tasks flower")
+        console.print("  see the tasks in Flower       FLOWER_BASIC_AUTH=demo:demo celery -A tasks flower")
 
 
 def main() -> int:
@@ -304,7 +306,8 @@ def main() -> int:
         check_servers()
         console.print("Celery result backends: the tour", style="bold")
         console.print(f"  broker          {maybe_sanitize_url(app.conf.broker_url)}")
-        console.print(f"  result backend  {app.backend.as_uri(include_password=False)}")
+        store = os.environ.get("RESULT_STORE") or "redis"
+        console.print(f"  result backend  {app.backend.as_uri(include_password=False)}   (RESULT_STORE={store})")
         started = time.perf_counter()
         good = sum([run_step(number, STEPS[name]) for number, name in enumerate(chosen, 1)])
     except (OperationalError, witness.ServerError) as exc:

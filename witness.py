@@ -5,8 +5,9 @@ The producer shows with them where a result really is, the worker checks its pas
 
 import json
 import socket
+import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -14,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import pika
 import pika.exceptions
 import redis
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 TIMEOUT = 5.0  # seconds that a server has for its answer
 
@@ -53,12 +55,21 @@ class ReplyQueue:
 def rabbitmq_channel(url: str) -> Iterator[Any]:
     """Open a channel with pika. Raises Unreachable or Refused."""
     parts = urlsplit(url)
-    where = f"RabbitMQ at {parts.hostname}:{parts.port or (5671 if parts.scheme == 'amqps' else 5672)}"
-    user = unquote(parts.username or "guest")
-    parameters = pika.URLParameters(url)
-    parameters.socket_timeout = parameters.stack_timeout = TIMEOUT
+    port = parts.port or (5671 if parts.scheme == "amqps" else 5672)
+    where, user = f"RabbitMQ at {parts.hostname}:{port}", unquote(parts.username or "guest")
+    vhost = unquote(parts.path[1:]) or "/"  # as Celery reads it; pika.URLParameters reads amqp://host// otherwise
+    parameters = pika.ConnectionParameters(
+        host=parts.hostname,
+        port=port,
+        virtual_host=vhost,
+        credentials=pika.PlainCredentials(user, unquote(parts.password or "guest")),
+        ssl_options=pika.SSLOptions(ssl.create_default_context(), parts.hostname) if parts.scheme == "amqps" else None,
+        socket_timeout=TIMEOUT,
+        stack_timeout=TIMEOUT,
+    )
     try:
-        connection = pika.BlockingConnection(parameters)
+        with closing(pika.BlockingConnection(parameters)) as connection:
+            yield connection.channel()
     except pika.exceptions.ProbableAuthenticationError:
         raise Refused(
             f"{where} refuses the user {user!r} or its password. Check RABBITMQ_URL and RABBITMQ_PASSWORD. A password "
@@ -66,19 +77,13 @@ def rabbitmq_channel(url: str) -> Iterator[Any]:
         ) from None
     except pika.exceptions.ProbableAccessDeniedError:
         raise Refused(
-            f"{where} has no virtual host {parameters.virtual_host!r}, or {user!r} has no right to use it. "
-            "Check the end of RABBITMQ_URL."
+            f"{where} has no virtual host {vhost!r}, or {user!r} has no right to use it. Check the end of RABBITMQ_URL."
         ) from None
-    except (pika.exceptions.AMQPError, OSError) as exc:
+    except (pika.exceptions.AMQPError, AMQPConnectorException, OSError) as exc:
         raise Unreachable(
             f"{where} cannot be reached ({_reason(exc)}). Is it running (docker compose up -d rabbitmq), "
             "and is RABBITMQ_URL right?"
         ) from None
-    try:
-        yield connection.channel()
-    finally:
-        if connection.is_open:
-            connection.close()
 
 
 @contextmanager
@@ -99,6 +104,8 @@ def redis_client(url: str) -> Iterator[redis.Redis]:
             f"{where} cannot be reached ({_reason(exc)}). Is it running (docker compose up -d redis), "
             "and is REDIS_URL right?"
         ) from None
+    except redis.RedisError as exc:
+        raise Refused(f"{where} does not do what it was asked for ({_reason(exc)}). Is REDIS_URL right?") from None
     finally:
         client.close()
 

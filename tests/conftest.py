@@ -6,6 +6,7 @@ import sys
 import urllib.error
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -52,52 +53,62 @@ def _in_project_folder() -> None:
         os.environ.pop(name, None)
 
 
+@contextmanager
 def _stack(store: str, logs: Path) -> Iterator[Stack]:
+    """Make a virtual host and take a Redis database, and give both back."""
     rabbitmq = RabbitMQ(os.environ["RABBITMQ_URL"])
     vhost = f"test-{uuid.uuid4().hex[:8]}"
-    before = dict(os.environ)
-    try:
-        broker_url = rabbitmq.create_vhost(vhost)
-    except (urllib.error.URLError, OSError) as exc:
-        pytest.exit(f"The tests need RabbitMQ's management API at {rabbitmq.api} (RABBITMQ_API): {exc}", 1)
-    redis_url = free_redis_database(os.environ["REDIS_URL"])
-    try:
+    with ExitStack() as cleanup:
+        cleanup.callback(_restore_environment, dict(os.environ))
+        try:
+            broker_url = rabbitmq.create_vhost(vhost)
+        except (urllib.error.URLError, OSError) as exc:
+            pytest.exit(f"The tests need RabbitMQ's management API at {rabbitmq.api} (RABBITMQ_API): {exc}", 1)
+        cleanup.callback(rabbitmq.delete_vhost, vhost)
+        redis_url = free_redis_database(os.environ["REDIS_URL"])
+        cleanup.callback(_flush, redis_url)
         yield Stack(store, vhost, broker_url, redis_url, rabbitmq, logs)
-    finally:
-        os.environ.update(before)
-        rabbitmq.delete_vhost(vhost)
-        with redis.Redis.from_url(redis_url, socket_timeout=10) as client:
-            client.flushdb()
+
+
+def _restore_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _flush(redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url, socket_timeout=10) as client:
+        client.flushdb()
 
 
 @pytest.fixture(scope="session", params=["redis", "rabbitmq"])
 def shared_stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Each store with one running worker, for the tests that leave it as it was."""
-    for stack in _stack(request.param, tmp_path_factory.mktemp(request.param)):
-        worker = Worker(stack.logs / "shared.log", env=stack.env)
-        try:
-            worker.wait_ready()
-            yield stack
-        finally:
-            worker.close()
+    with (
+        _stack(request.param, tmp_path_factory.mktemp(request.param)) as stack,
+        Worker(stack.logs / "shared.log", env=stack.env),
+    ):
+        yield stack
 
 
 @pytest.fixture(params=["redis", "rabbitmq"])
 def stack(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stack]:
     """Each store, without a worker: for the tests that break something."""
-    yield from _stack(request.param, tmp_path)
+    with _stack(request.param, tmp_path) as stack:
+        yield stack
 
 
 @pytest.fixture
 def redis_stack(tmp_path: Path) -> Iterator[Stack]:
     """A stack of the test's own with the results in Redis, without a worker."""
-    yield from _stack("redis", tmp_path)
+    with _stack("redis", tmp_path) as stack:
+        yield stack
 
 
 @pytest.fixture
 def rabbitmq_stack(tmp_path: Path) -> Iterator[Stack]:
     """A stack of the test's own with the results in RabbitMQ, without a worker."""
-    yield from _stack("rabbitmq", tmp_path)
+    with _stack("rabbitmq", tmp_path) as stack:
+        yield stack
 
 
 @pytest.fixture

@@ -5,12 +5,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -104,7 +105,7 @@ class Worker:
 
     def __init__(self, log: Path, *options: str, env: dict[str, str], cwd: Path = ROOT, app: str = "tasks") -> None:
         self.log = log
-        command = [sys.executable, "-m", "celery", "-A", app, "-q", "worker", "-l", "INFO", "-c", "2", *options]
+        command = ["celery", "-A", app, "-q", "worker", "-l", "INFO", "-c", "2", *options]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [*command, "--without-mingle", "--without-gossip", "-n", f"{log.stem}@%h"],
@@ -115,11 +116,25 @@ class Worker:
                 start_new_session=True,
             )
 
-    def wait_ready(self) -> "Worker":
+    def __enter__(self) -> "Worker":
         """Wait until it consumes."""
-        wait_until(lambda: self.says(" ready.") or self.process.poll() is not None, f"worker ready, {self.log}")
-        assert self.process.poll() is None, self.log.read_text()
+        try:
+            wait_until(lambda: self.says(" ready.") or self.process.poll() is not None, f"worker ready, {self.log}")
+            assert self.process.poll() is None, self.log.read_text()
+        except BaseException:
+            self.kill()
+            raise
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop it, whatever its state."""
+        if self.process.poll() is None:
+            try:
+                self.stop()
+            except subprocess.TimeoutExpired:
+                self.kill()
 
     def says(self, text: str) -> bool:
         return text in self.log.read_text()
@@ -131,21 +146,14 @@ class Worker:
 
     def kill(self) -> None:
         """Kill the worker and its pool with SIGKILL, as the end of stop_grace_period does."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
 
     def stop(self) -> int:
         """Stop it as Compose does, with SIGTERM, and return its exit code."""
         self.process.terminate()
         return self.process.wait(60)
-
-    def close(self) -> None:
-        """Stop it whatever its state; call when the test is over."""
-        if self.process.poll() is None:
-            try:
-                self.stop()
-            except subprocess.TimeoutExpired:
-                self.kill()
 
 
 def consumers(broker_url: str) -> int:

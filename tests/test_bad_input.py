@@ -1,7 +1,7 @@
 """Bad input gets one clear line, a non-zero exit and no traceback, within seconds."""
 
 import sys
-import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -17,7 +17,6 @@ SECONDS = 40.0  # the noisiest machine; without load it takes one to ten
 
 def _one_line(command: tuple[str, ...], env: dict[str, str]) -> str:
     """Run the command; check that it fails with one line, and return that line."""
-    started = time.monotonic()
     done = run(*command, timeout=SECONDS, env=env)
     output = [
         line
@@ -27,7 +26,6 @@ def _one_line(command: tuple[str, ...], env: dict[str, str]) -> str:
     assert done.returncode != 0
     assert len(output) == 1, "\n".join(output)
     assert "Traceback" not in output[0]
-    assert time.monotonic() - started < SECONDS
     return output[0]
 
 
@@ -57,16 +55,23 @@ def test_unknown_result_store(command: tuple[str, ...], redis_stack: Stack) -> N
         ("RABBITMQ_URL", "amqp://demo:secret/word@rabbitmq:5672/demo"),
         ("RABBITMQ_URL", "amqp://demo:secretword@rabbitmq:port/demo"),
         ("RABBITMQ_URL", "redis://demo:secretword@rabbitmq:5672/demo"),
+        ("RABBITMQ_URL", "amqp://demo:12#secretword@rabbitmq:5672/demo"),
+        ("RABBITMQ_URL", "amqp://demo:12/secretword@rabbitmq:5672/demo"),
+        ("RABBITMQ_URL", "amqp://demo:se;cretword@rabbitmq:5672/demo"),
+        ("RABBITMQ_URL", "amqp://demo:secretword@rabbitmq:70000/demo"),
+        ("RABBITMQ_URL", "amqp://demo:secretword@rabbitmq:5672/demo?heartbeat=10"),
         ("RABBITMQ_URL", "rabbitmq:5672"),
         ("REDIS_URL", "redis://:secretword@redis:6379/first"),
         ("REDIS_URL", "http://:secretword@redis:6379/0"),
         ("REDIS_URL", "redis://:secret#word@redis:6379/0"),
+        ("REDIS_URL", "redis://redis:6379/\u0663"),
     ],
 )
 def test_malformed_url(command: tuple[str, ...], name: str, url: str, redis_stack: Stack) -> None:
     line = _one_line(command, {**redis_stack.env, name: url})
     assert line.startswith(f"celeryconfig: {name} is malformed. It must look like ")
     assert "secret" not in line
+    assert "cretword" not in line
 
 
 @BOTH
@@ -112,6 +117,33 @@ def test_redis_is_not_reachable(address: str, reason: str, redis_stack: Stack) -
     assert "docker compose up -d redis" in line
 
 
+@BOTH
+def test_unknown_redis_database(command: tuple[str, ...], redis_stack: Stack) -> None:
+    line = _one_line(command, {**redis_stack.env, "REDIS_URL": _with(redis_stack.redis_url, path="/9999")})
+    assert "DB index is out of range" in line
+    assert "Is REDIS_URL right?" in line
+
+
+def test_redis_url_that_leads_to_rabbitmq(redis_stack: Stack) -> None:
+    broker = urlsplit(redis_stack.broker_url)
+    url = _with(redis_stack.redis_url, address=f"{broker.hostname}:{broker.port or 5672}")
+    line = _one_line(PRODUCER, {**redis_stack.env, "REDIS_URL": url})
+    assert "s REDIS_URL right?" in line
+
+
+def test_rabbitmq_url_that_leads_to_redis(redis_stack: Stack) -> None:
+    redis = urlsplit(redis_stack.redis_url)
+    url = _with(redis_stack.broker_url, address=f"{redis.hostname}:{redis.port or 6379}")
+    line = _one_line(PRODUCER, {**redis_stack.env, "RABBITMQ_URL": url})
+    assert "is RABBITMQ_URL right?" in line
+
+
+def test_the_witness_reads_the_default_virtual_host_as_celery_does(redis_stack: Stack) -> None:
+    """The default URL ends in //: the virtual host /, which needs a right that the tests' user may not have."""
+    line = _one_line(PRODUCER, {**redis_stack.env, "RABBITMQ_URL": _with(redis_stack.broker_url, path="//")})
+    assert "virtual host '/'" in line or "no worker consumes" in line
+
+
 def test_no_worker_consumes(stack: Stack) -> None:
     line = _one_line(PRODUCER, stack.env)
     assert line.startswith("producer: no worker consumes from the queue 'tasks', so no task would ever run.")
@@ -130,6 +162,19 @@ def test_variables_that_override_ours(command: tuple[str, ...], name: str, redis
 def test_the_same_value_in_such_a_variable_does_no_harm(shared_stack: Stack) -> None:
     done = run(*PRODUCER, env={**shared_stack.env, "BROKER_URL": shared_stack.broker_url})
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe"])
+def test_useless_password_file(content: bytes, redis_stack: Stack, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(content)
+    line = _one_line(PRODUCER, {**redis_stack.env, "REDIS_PASSWORD_FILE": str(tmp_path / "secret")})
+    assert line.startswith(f"celeryconfig: REDIS_PASSWORD_FILE names {tmp_path}/secret, which ")
+
+
+def test_two_passwords(redis_stack: Stack) -> None:
+    env = {**redis_stack.env, "REDIS_PASSWORD_FILE": "/run/secrets/redis", "REDIS_PASSWORD": "secretword"}
+    line = _one_line(PRODUCER, env)
+    assert line == "celeryconfig: REDIS_PASSWORD and REDIS_PASSWORD_FILE are both set: unset one of them."
 
 
 @BOTH

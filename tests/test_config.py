@@ -1,7 +1,6 @@
 """celeryconfig.py: it works alone, knows only settings that Celery knows, and reads its variables safely."""
 
 import json
-import os
 import re
 import shutil
 import ssl
@@ -116,14 +115,20 @@ def test_it_works_alone_in_a_package_of_another_project(stack: Stack, tmp_path: 
         "def double(x):\n"
         "    return 2 * x\n"
     )
-    worker = Worker(tmp_path / "alone.log", cwd=tmp_path, app="shop", env={**stack.env, "PYTHONPATH": ""})
-    try:
-        worker.wait_ready()
+    with Worker(tmp_path / "alone.log", cwd=tmp_path, app="shop", env={**stack.env, "PYTHONPATH": ""}):
         client = "from shop.celery import double; print(double.delay(21).get(timeout=30))"
         done = run(sys.executable, "-c", client, cwd=tmp_path, env={**stack.env, "PYTHONPATH": ""})
         assert (done.stdout, done.returncode) == ("42\n", 0), done.stderr
-    finally:
-        worker.close()
+
+
+def test_a_tasks_own_retry_delay_is_kept() -> None:
+    code = (
+        "import tasks\n"
+        "@tasks.app.task(default_retry_delay=600)\n"
+        "def patient(): pass\n"
+        "print(tasks.add.default_retry_delay, patient.default_retry_delay)"
+    )
+    assert run(sys.executable, "-c", code, env=CLEAN).stdout == "5 600\n"
 
 
 # --- Every variable of docker-compose.yml stands in .env.example with its default -------------------------
@@ -164,4 +169,4 @@ def test_old_and_new_setting_names_must_not_be_mixed() -> None:
 
 def test_celery_does_not_use_pika() -> None:
     code = "import sys; import tasks; tasks.app.connection().transport; print('pika' in sys.modules)"
-    assert run(sys.executable, "-c", code, env={**os.environ, **CLEAN}).stdout == "False\n"
+    assert run(sys.executable, "-c", code, env=CLEAN).stdout == "False\n"

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,9 +13,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Stack
+from tests.proxy import Proxy
 from tests.servers import ROOT, Worker, consumers, wait_until
-
-TASKS = 60
 
 
 def _fetch(results: list[Any], timeout: float = 90.0) -> list[object]:
@@ -35,94 +37,155 @@ def loaded(stack: Stack) -> ModuleType:
     return stack.load("tasks")
 
 
-def test_connections_break_while_results_are_waited_for(stack: Stack, loaded: ModuleType) -> None:
-    worker = Worker(stack.logs / "w.log", env=stack.env).wait_ready()
-    try:
-        loaded.add.delay(0, 0).get(timeout=30)
-        results = [loaded.import_rows.delay(1) for _ in range(TASKS)]
-        for _ in range(3):
-            assert results[0].get(timeout=30) == 1
-            # The management API lists a connection some seconds after it was opened.
-            wait_until(lambda: stack.rabbitmq.close_connections(stack.vhost), "connections closed")
-        assert _fetch(results) == [1] * TASKS
-    finally:
-        worker.close()
+@pytest.mark.parametrize("down", [0.0, 4.0])
+def test_a_client_waits_on_while_its_server_is_away(
+    stack: Stack, down: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client, but not the worker, loses the server that its results come from, for so many seconds."""
+    with (
+        Proxy(stack.broker_url) as mq,
+        Proxy(stack.redis_url) as redis,
+        Worker(stack.logs / "w.log", env=stack.env),
+        ThreadPoolExecutor(1) as client,
+    ):
+        tasks = replace(stack, broker_url=mq.url(), redis_url=redis.url()).load("tasks")
+
+        queued = threading.Event()
+
+        def queue_and_fetch() -> list[object]:
+            tasks.add.delay(1, 1).get(timeout=30)  # it has a consumer from here on
+            results = [tasks.nap.delay(1 + down) for _ in range(4)] + [tasks.add.delay(1, n) for n in range(20)]
+            queued.set()
+            return _fetch(results)
+
+        waiting = client.submit(queue_and_fetch)
+        assert queued.wait(30)
+        server = redis if stack.store == "redis" else mq
+        server.cut()
+        time.sleep(down)  # this is how long it is down
+        server.restore()
+        assert waiting.result(90) == [1 + down] * 4 + list(range(1, 21))
+    if stack.store == "rabbitmq":
+        assert "RabbitMQ is away" in caplog.text
+
+
+def test_a_worker_goes_on_when_redis_was_away(redis_stack: Stack) -> None:
+    """Results that are ready while Redis is down are written when it is back; without always_retry they are lost."""
+    with Proxy(redis_stack.redis_url) as redis:
+        away = replace(redis_stack, redis_url=redis.url())
+        with Worker(redis_stack.logs / "w.log", env=away.env) as worker:
+            tasks = redis_stack.load("tasks")
+            results = [tasks.nap.delay(1) for _ in range(6)]
+            wait_until(lambda: worker.says(" succeeded in "), "a first result")
+            redis.cut()
+            wait_until(lambda: worker.says("Retrying"), "the worker noticed")
+            time.sleep(8)  # longer than redis-py itself tries
+            redis.restore()
+            assert _fetch(results) == [1] * 6
+
+
+def test_get_keeps_to_its_timeout_while_rabbitmq_is_away(rabbitmq_stack: Stack) -> None:
+    with Proxy(rabbitmq_stack.broker_url) as mq, Worker(rabbitmq_stack.logs / "w.log", env=rabbitmq_stack.env):
+        tasks = replace(rabbitmq_stack, broker_url=mq.url()).load("tasks")
+        result = tasks.add.delay(1, 2)
+        mq.cut()
+        started = time.monotonic()
+        with pytest.raises(Exception, match=r"The operation timed out\."):
+            result.get(timeout=1)
+        assert time.monotonic() - started < 4
+        mq.restore()
+        assert result.get(timeout=30) == 3
+
+
+def test_an_error_in_on_message_leaves_the_result_to_the_next_get(stack: Stack, loaded: ModuleType) -> None:
+    def fail(meta: dict[str, object]) -> None:
+        raise RuntimeError("in the caller's own code")
+
+    with Worker(stack.logs / "w.log", env=stack.env):
+        result = loaded.add.delay(1, 2)
+        with pytest.raises(RuntimeError, match="in the caller's own code"):
+            result.get(timeout=30, on_message=fail)
+        assert result.get(timeout=30) == 3
+
+
+def test_threads_that_come_and_go_fetch_their_results(stack: Stack, loaded: ModuleType) -> None:
+    """A new thread gets the identity of an ended one, and so its reply queue; a server's request threads do."""
+    fetched: list[object] = []
+    with Worker(stack.logs / "w.log", env=stack.env):
+        for number in range(8):
+            thread = threading.Thread(target=lambda n=number: fetched.append(loaded.add.delay(n, n).get(timeout=20)))
+            thread.start()
+            thread.join(30)
+    assert fetched == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
+def test_connections_of_worker_and_client_break(stack: Stack, loaded: ModuleType) -> None:
+    with Worker(stack.logs / "w.log", env=stack.env) as worker:
+        # The management API lists a connection some seconds after it was opened.
+        results = [loaded.import_rows.delay(30) for _ in range(4)] + [loaded.add.delay(1, n) for n in range(50)]
+        wait_until(lambda: worker.says(" received"), "task received")
+        wait_until(lambda: stack.rabbitmq.close_connections(stack.vhost) >= 2, "connections closed")
+        wait_until(lambda: worker.says("onnection to broker lost"), "loss noticed by the worker")
+        assert _fetch(results) == [30] * 4 + list(range(1, 51))
 
 
 def test_a_worker_is_killed_and_another_one_finishes(stack: Stack, loaded: ModuleType) -> None:
-    first = Worker(stack.logs / "first.log", env=stack.env).wait_ready()
-    results = [loaded.import_rows.delay(2) for _ in range(10)]
-    wait_until(lambda: first.says("received"), "task received")
-    first.kill()
-    second = Worker(stack.logs / "second.log", env=stack.env).wait_ready()
-    try:
+    with Worker(stack.logs / "first.log", env=stack.env) as first:
+        results = [loaded.import_rows.delay(2) for _ in range(10)]
+        wait_until(lambda: first.says(" received"), "task received")
+        first.kill()
+    with Worker(stack.logs / "second.log", env=stack.env):
         assert _fetch(results) == [2] * 10
-    finally:
-        second.close()
 
 
 def test_sigterm_lets_running_tasks_finish(stack: Stack, loaded: ModuleType) -> None:
-    worker = Worker(stack.logs / "w.log", env=stack.env).wait_ready()
-    result = loaded.nap.delay(2)
-    waiting = [loaded.nap.delay(1) for _ in range(4)]
-    wait_until(lambda: worker.says(result.id), "task received")
-    assert worker.stop() == 0
+    with Worker(stack.logs / "first.log", env=stack.env) as first:
+        result = loaded.nap.delay(2)
+        waiting = [loaded.nap.delay(1) for _ in range(4)]
+        wait_until(lambda: first.says(result.id), "task received")
+        assert first.stop() == 0
     assert result.get(timeout=5) == 2  # no worker runs any more: it was finished before the exit
-    second = Worker(stack.logs / "second.log", env=stack.env).wait_ready()
-    try:
+    with Worker(stack.logs / "second.log", env=stack.env):
         assert _fetch(waiting) == [1] * 4
-    finally:
-        second.close()
 
 
 def test_a_soft_shutdown_puts_the_task_back(stack: Stack, loaded: ModuleType) -> None:
-    """SIGQUIT, or SIGTERM with REMAP_SIGTERM=SIGQUIT: out after worker_soft_shutdown_timeout."""
-    worker = Worker(stack.logs / "w.log", env={**stack.env, "REMAP_SIGTERM": "SIGQUIT"}).wait_ready()
-    result = loaded.nap.delay(12)
-    wait_until(lambda: worker.says(result.id), "task received")
-    started = time.monotonic()
-    worker.stop()
-    assert time.monotonic() - started < 11.9
-    second = Worker(stack.logs / "second.log", env=stack.env).wait_ready()
-    try:
-        assert result.get(timeout=60) == 12
-    finally:
-        second.close()
+    """SIGQUIT, or SIGTERM with REMAP_SIGTERM=SIGQUIT: out after worker_soft_shutdown_timeout, the task unfinished."""
+    with Worker(stack.logs / "first.log", env={**stack.env, "REMAP_SIGTERM": "SIGQUIT"}) as first:
+        result = loaded.nap.delay(14)
+        wait_until(lambda: first.says(result.id), "task received")
+        first.stop()
+        assert not first.says(" succeeded in ")
+    with Worker(stack.logs / "second.log", env=stack.env):
+        assert result.get(timeout=60) == 14
 
 
 def test_a_killed_pool_process_costs_one_retry(stack: Stack, loaded: ModuleType) -> None:
-    worker = Worker(stack.logs / "w.log", env=stack.env).wait_ready()
-    try:
+    with Worker(stack.logs / "w.log", env=stack.env):
         result = loaded.nap.delay(2)
-        started: list[int] = []
+        killed: list[int] = []
 
-        def kill_once(meta: dict[str, object]) -> None:
-            state = meta["result"]
-            if meta["status"] == "STARTED" and not started and isinstance(state, dict):
-                started.append(state["pid"])
-                os.kill(state["pid"], signal.SIGKILL)
+        def kill_once(meta: dict[str, Any]) -> None:
+            if meta["status"] == "STARTED" and not killed:
+                killed.append(meta["result"]["pid"])
+                os.kill(killed[0], signal.SIGKILL)
 
         assert result.get(timeout=60, on_message=kill_once) == 2
-        assert started
+        assert killed
         assert result.retries == 1
-    finally:
-        worker.close()
 
 
 def test_a_poison_task_ends_as_a_failure_and_the_others_run_on(stack: Stack, tmp_path: Path) -> None:
     """A task that kills its process each time is retried max_retries times, then fails for good."""
     (tmp_path / "poison.py").write_text(
         "import os, signal\n"
-        "from tasks import app, add\n"
+        "from tasks import app\n"
         "@app.task(max_retries=1)\n"
         "def poison():\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    os.environ["PYTHONPATH"] = str(tmp_path)
-    worker = Worker(
-        stack.logs / "w.log", "--include", "poison", env={**stack.env, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    ).wait_ready()
-    try:
+    env = {**stack.env, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with Worker(stack.logs / "w.log", "--include", "poison", env=env):
         tasks = stack.load("tasks")
         poison = tasks.app.send_task("poison.poison")
         others = [tasks.add.delay(number, 1) for number in range(20)]
@@ -131,39 +194,28 @@ def test_a_poison_task_ends_as_a_failure_and_the_others_run_on(stack: Stack, tmp
             poison.get(timeout=60)
         assert type(caught.value).__name__ == "WorkerLostError"
         assert tasks.add.delay(1, 1).get(timeout=30) == 2
-    finally:
-        worker.close()
-        del os.environ["PYTHONPATH"]
 
 
 def test_two_workers_share_the_tasks(stack: Stack, loaded: ModuleType) -> None:
-    workers = [Worker(stack.logs / f"w{number}.log", env=stack.env).wait_ready() for number in (1, 2)]
-    try:
+    with Worker(stack.logs / "w1.log", env=stack.env) as one, Worker(stack.logs / "w2.log", env=stack.env) as two:
         assert consumers(stack.broker_url) == 2
         assert _fetch([loaded.import_rows.delay(1) for _ in range(40)]) == [1] * 40
-        for worker in workers:
+        for worker in (one, two):
             assert worker.log.read_text().count(" succeeded in ") >= 10
-    finally:
-        for worker in workers:
-            worker.close()
 
 
 def test_a_countdown_does_not_block_a_worker(stack: Stack, loaded: ModuleType) -> None:
     """RabbitMQ holds tasks with a countdown; on a classic queue, eight of them block a worker of two processes."""
-    worker = Worker(stack.logs / "w.log", env=stack.env).wait_ready()
-    try:
+    with Worker(stack.logs / "w.log", env=stack.env):
         for _ in range(20):
             loaded.add.apply_async((1, 1), countdown=300)
         assert loaded.add.delay(2, 2).get(timeout=20) == 4
-    finally:
-        worker.close()
 
 
 def test_the_health_file_follows_the_worker(redis_stack: Stack, tmp_path: Path) -> None:
     """It is touched while the worker consumes, grows old when it does not, and is touched again when it does."""
     ready = tmp_path / "ready"
     tasks = redis_stack.load("tasks")
-    worker = Worker(redis_stack.logs / "w.log", env={**redis_stack.env, "WORKER_READY_FILE": str(ready)}).wait_ready()
 
     def touched() -> bool:
         before = ready.stat().st_mtime if ready.exists() else 0
@@ -174,7 +226,8 @@ def test_the_health_file_follows_the_worker(redis_stack: Stack, tmp_path: Path) 
             time.sleep(0.1)
         return False
 
-    try:
+    env = {**redis_stack.env, "WORKER_READY_FILE": str(ready)}
+    with Worker(redis_stack.logs / "w.log", env=env) as worker:
         wait_until(touched, "touched by a worker that consumes")
         tasks.app.control.cancel_consumer("tasks")
         wait_until(lambda: not touched(), "not touched by a worker that no longer consumes")
@@ -184,9 +237,8 @@ def test_the_health_file_follows_the_worker(redis_stack: Stack, tmp_path: Path) 
         wait_until(lambda: worker.says("onnection to broker lost"), "loss noticed")
         wait_until(touched, "touched again after the connection was lost")
         os.kill(worker.process.pid, signal.SIGSTOP)
-        wait_until(lambda: not touched(), "not touched by a worker that hangs")
-        os.kill(worker.process.pid, signal.SIGCONT)
+        try:
+            wait_until(lambda: not touched(), "not touched by a worker that hangs")
+        finally:
+            os.kill(worker.process.pid, signal.SIGCONT)
         wait_until(touched, "touched again after it hung")
-    finally:
-        os.kill(worker.process.pid, signal.SIGCONT)
-        worker.close()
