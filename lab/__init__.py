@@ -1,1 +1,1 @@
-"""Experiments beyond the demo."""
+"""Experiments beyond the demo: both stores side by side, and a client without Celery."""

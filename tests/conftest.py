@@ -3,8 +3,6 @@
 import importlib
 import os
 import sys
-import urllib.error
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,29 +10,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import redis
 
 from celeryconfig import service_url
-from tests.servers import ROOT, RabbitMQ, Worker, free_redis_database
+from lab.servers import ROOT, OwnServers, Worker, own_servers
 
 APP_MODULES = ("celeryconfig", "tasks", "producer", "worker.health")
 
 
 @dataclass(frozen=True)
-class Stack:
-    """One store, with a virtual host, a Redis database and a place for logs."""
+class Stack(OwnServers):
+    """One store, with servers of its own and a place for logs."""
 
-    store: str
-    vhost: str
-    broker_url: str
-    redis_url: str
-    rabbitmq: RabbitMQ
     logs: Path
-
-    @property
-    def env(self) -> dict[str, str]:
-        """The environment in which workers and clients of this stack run."""
-        return {"RESULT_STORE": self.store, "RABBITMQ_URL": self.broker_url, "REDIS_URL": self.redis_url}
 
     def load(self, module: str) -> ModuleType:
         """Import a module of the project anew, in this process and with this stack's environment."""
@@ -55,29 +42,19 @@ def _in_project_folder() -> None:
 
 @contextmanager
 def _stack(store: str, logs: Path) -> Iterator[Stack]:
-    """Make a virtual host and take a Redis database, and give both back."""
-    rabbitmq = RabbitMQ(os.environ["RABBITMQ_URL"])
-    vhost = f"test-{uuid.uuid4().hex[:8]}"
+    """Make servers of the test's own, and give them back."""
     with ExitStack() as cleanup:
         cleanup.callback(_restore_environment, dict(os.environ))
         try:
-            broker_url = rabbitmq.create_vhost(vhost)
-        except (urllib.error.URLError, OSError) as exc:
-            pytest.exit(f"The tests need RabbitMQ's management API at {rabbitmq.api} (RABBITMQ_API): {exc}", 1)
-        cleanup.callback(rabbitmq.delete_vhost, vhost)
-        redis_url = free_redis_database(os.environ["REDIS_URL"])
-        cleanup.callback(_flush, redis_url)
-        yield Stack(store, vhost, broker_url, redis_url, rabbitmq, logs)
+            servers = cleanup.enter_context(own_servers(store, "test"))
+        except OSError as exc:
+            pytest.exit(f"The tests need RabbitMQ's management API (RABBITMQ_API): {exc}", 1)
+        yield Stack(**vars(servers), logs=logs)
 
 
 def _restore_environment(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
-
-
-def _flush(redis_url: str) -> None:
-    with redis.Redis.from_url(redis_url, socket_timeout=10) as client:
-        client.flushdb()
 
 
 @pytest.fixture(scope="session", params=["redis", "rabbitmq"])

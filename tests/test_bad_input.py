@@ -6,8 +6,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from lab.servers import run
 from tests.conftest import Stack
-from tests.servers import run
 
 PRODUCER = (sys.executable, "producer.py", "value")
 WORKER = (sys.executable, "-m", "celery", "-A", "tasks", "-q", "worker", "-l", "WARNING", "-c", "1")

@@ -15,8 +15,8 @@ from celery.app.defaults import SETTING_KEYS
 from celery.exceptions import ImproperlyConfigured
 from kombu.utils.url import maybe_sanitize_url
 
+from lab.servers import ROOT, Worker, run
 from tests.conftest import Stack
-from tests.servers import ROOT, Worker, run
 
 HARD_PASSWORD = "p@:/%# ;?&word"
 PRINT_SETTINGS = "import celeryconfig, json; print(json.dumps({k: str(v) for k, v in vars(celeryconfig).items()}))"

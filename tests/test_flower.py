@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from lab.servers import ROOT, wait_until
 from tests.conftest import Stack
-from tests.servers import ROOT, wait_until
 
 LOGIN = "demo:p@ss:word"
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from lab.servers import ROOT, Worker, consumers, wait_until
 from tests.conftest import Stack
 from tests.proxy import Proxy
-from tests.servers import ROOT, Worker, consumers, wait_until
 
 
 def _fetch(results: list[Any], timeout: float = 90.0) -> list[object]:

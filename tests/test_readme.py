@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lab.servers import ROOT, Worker, run
 from tests.conftest import Stack
-from tests.servers import ROOT, Worker, run
 
 README = (ROOT / "README.md").read_text()
 

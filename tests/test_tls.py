@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import trustme
 
+from lab.servers import Worker, run
 from tests.conftest import Stack
 from tests.proxy import Proxy
-from tests.servers import Worker, run
 
 
 @pytest.fixture

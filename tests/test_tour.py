@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from lab.servers import run
 from tests.conftest import Stack
-from tests.servers import run
 
 ENDS = {
     "value": "5",

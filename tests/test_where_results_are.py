@@ -12,8 +12,8 @@ from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult
 
 import witness
+from lab.servers import TAKEN, wait_until
 from tests.conftest import Stack
-from tests.servers import wait_until
 
 
 def _in_new_thread(action: Callable[[], None]) -> None:
@@ -36,7 +36,7 @@ def _in_new_thread(action: Callable[[], None]) -> None:
 
 def _result_keys(stack: Stack) -> list[str]:
     with redis.Redis.from_url(stack.redis_url, decode_responses=True, socket_timeout=10) as client:
-        return [key for key in client.scan_iter(count=1000) if key != "taken-by-tests"]
+        return [key for key in client.scan_iter(count=1000) if key != TAKEN]
 
 
 def test_a_result_is_in_its_store_and_nowhere_else(tasks: ModuleType, shared_stack: Stack) -> None:

@@ -11,8 +11,8 @@ import pytest
 import celeryconfig
 import witness
 from lab import wire
+from lab.servers import run
 from tests.conftest import Stack
-from tests.servers import run
 
 WIRE = (sys.executable, "-m", "lab.wire")
 

@@ -1,4 +1,7 @@
-"""The servers and processes under test: RabbitMQ's management API, a Redis database, workers and clients."""
+"""Servers and processes to try things with: a RabbitMQ virtual host, a Redis database, workers and clients.
+
+The comparison and the tests use them beside a running demo, and leave nothing behind.
+"""
 
 import base64
 import json
@@ -8,8 +11,10 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,16 +23,19 @@ from urllib.parse import quote, unquote, urlsplit
 import redis
 
 import witness
+from celeryconfig import service_url
 
 ROOT = Path(__file__).parent.parent
+TAKEN = "taken"  # the key that marks a Redis database as somebody's own
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = 30.0) -> Any:
-    """Return the condition's first true value. Fails after timeout seconds."""
+def wait_until(condition: Callable[[], Any], what: str, timeout: float = 30.0, interval: float = 0.05) -> Any:
+    """Return the condition's first true value. Raises TimeoutError after timeout seconds."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: not after {timeout} s"
-        time.sleep(0.05)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not after {timeout} s")
+        time.sleep(interval)
     return value
 
 
@@ -39,6 +47,7 @@ class RabbitMQ:
         self.api = os.environ.get("RABBITMQ_API") or f"http://{self.broker.hostname}:15672"
 
     def request(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
+        """Send a request and return the answer. Raises OSError."""
         user, password = unquote(self.broker.username or "guest"), unquote(self.broker.password or "guest")
         login = base64.b64encode(f"{user}:{password}".encode()).decode()
         request = urllib.request.Request(
@@ -59,9 +68,11 @@ class RabbitMQ:
         return self.broker._replace(path=f"/{name}").geturl()
 
     def delete_vhost(self, name: str) -> None:
+        """Delete a virtual host with its queues."""
         self.request("DELETE", f"vhosts/{name}")
 
     def queues(self, vhost: str) -> list[dict[str, Any]]:
+        """Return the queues of a virtual host."""
         queues: list[dict[str, Any]] = self.request(
             "GET", f"queues/{vhost}?disable_stats=true&enable_queue_totals=true"
         )
@@ -86,9 +97,43 @@ def free_redis_database(url: str) -> str:
     for database in range(15, 0, -1):
         candidate = parts._replace(path=f"/{database}").geturl()
         with redis.Redis.from_url(candidate, socket_timeout=10) as client:
-            if client.dbsize() == 0 and client.set("taken-by-tests", "1", nx=True, ex=3600):
+            if client.dbsize() == 0 and client.set(TAKEN, "1", nx=True, ex=3600):
                 return candidate
-    raise AssertionError("every Redis database from 1 to 15 has keys in it")
+    raise RuntimeError("every Redis database from 1 to 15 has keys in it")
+
+
+@dataclass(frozen=True)
+class OwnServers:
+    """A result store to try, with a virtual host and a Redis database that nobody else uses."""
+
+    store: str
+    rabbitmq: RabbitMQ
+    vhost: str
+    broker_url: str
+    redis_url: str
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment in which workers and clients use them."""
+        return {"RESULT_STORE": self.store, "RABBITMQ_URL": self.broker_url, "REDIS_URL": self.redis_url}
+
+
+@contextmanager
+def own_servers(store: str, purpose: str) -> Iterator[OwnServers]:
+    """Make a virtual host and take a Redis database, and clear both away. Raises OSError or redis.RedisError."""
+    rabbitmq = RabbitMQ(service_url("RABBITMQ"))
+    vhost = f"{purpose}-{uuid.uuid4().hex[:8]}"
+    with ExitStack() as cleanup:
+        broker_url = rabbitmq.create_vhost(vhost)
+        cleanup.callback(rabbitmq.delete_vhost, vhost)
+        redis_url = free_redis_database(service_url("REDIS"))
+        cleanup.callback(_flush, redis_url)
+        yield OwnServers(store, rabbitmq, vhost, broker_url, redis_url)
+
+
+def _flush(redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url, socket_timeout=10) as client:
+        client.flushdb()
 
 
 def run(
@@ -116,11 +161,16 @@ class Worker:
                 start_new_session=True,
             )
 
+    def wait_ready(self) -> None:
+        """Wait until it consumes."""
+        wait_until(lambda: self.says(" ready.") or self.process.poll() is not None, f"worker ready, {self.log}")
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the worker has ended: {self.log.read_text()}")
+
     def __enter__(self) -> "Worker":
         """Wait until it consumes."""
         try:
-            wait_until(lambda: self.says(" ready.") or self.process.poll() is not None, f"worker ready, {self.log}")
-            assert self.process.poll() is None, self.log.read_text()
+            self.wait_ready()
         except BaseException:
             self.kill()
             raise
@@ -137,6 +187,7 @@ class Worker:
                 self.kill()
 
     def says(self, text: str) -> bool:
+        """Tell whether the text stands in its log."""
         return text in self.log.read_text()
 
     def pool_processes(self) -> list[int]:
