@@ -150,7 +150,7 @@ def revoke() -> object:
     return result.get(timeout=TIMEOUT, on_message=revoke_when_started)
 
 
-@step("nap.apply_async((30,), soft_time_limit=1).get()", "SoftTimeLimitExceeded: SoftTimeLimitExceeded()")
+@step("nap.apply_async((30,), soft_time_limit=1).get()", "SoftTimeLimitExceeded")
 def time_limit() -> object:
     """A task takes too long: after its time limit of 1 second it is interrupted."""
     return nap.apply_async((30,), soft_time_limit=1).get(timeout=TIMEOUT)
@@ -231,9 +231,10 @@ def _show_places(task_id: str) -> bool:
 
 def _outcome(came_back: object) -> str:
     """Describe what a step returned or raised, in one line."""
-    if isinstance(came_back, BaseException):
-        return f"{type(came_back).__name__}: {str(came_back).splitlines()[0] if str(came_back) else ''}"
-    return str(came_back)
+    if not isinstance(came_back, BaseException):
+        return str(came_back)
+    name, message = type(came_back).__name__, str(came_back).partition("\n")[0]
+    return name if message in ("", f"{name}()") else f"{name}: {message}"
 
 
 def _duration(seconds: float) -> str:
@@ -261,7 +262,7 @@ def run_step(number: int, tour_step: Step) -> bool:
 
 
 def check_servers() -> None:
-    """Raise ServerError unless the broker, the result backend and a worker are there."""
+    """Raise ServerError unless the broker, the result backend and a worker that uses it are there."""
     with witness.rabbitmq_channel(app.conf.broker_url):
         pass
     if isinstance(app.backend, BaseKeyValueStoreBackend):
@@ -275,24 +276,36 @@ def check_servers() -> None:
                 "Start one: docker compose up -d worker, or without Docker: celery -A tasks worker"
             )
         time.sleep(0.1)
+    for name, settings in (app.control.inspect(timeout=2.0, limit=1).conf() or {}).items():
+        if _is_redis(settings["result_backend"]) != _is_redis(app.conf.result_backend):
+            raise witness.Refused(
+                f"{name} puts its results elsewhere: it was started with another RESULT_STORE than this producer. "
+                "Set the same one for both."
+            )
+
+
+def _is_redis(result_backend: str) -> bool:
+    return result_backend.startswith("redis")
 
 
 def print_next_commands() -> None:
     """Say what to open and to try after the tour."""
     console.print("\nWhat next?", style="bold")
+    store = os.environ.get("RESULT_STORE") or "redis"
+    other = "redis" if store == "rabbitmq" else "rabbitmq"
+    same = "" if store == "redis" else f"RESULT_STORE={store} "
     if flower_port := os.environ.get("FLOWER_PORT"):  # set in docker-compose.yml
-        store = "redis" if os.environ.get("RESULT_STORE") == "rabbitmq" else "rabbitmq"
-        login = "(user demo, password demo, unless your .env says otherwise)"
-        console.print(f"  see these tasks in Flower     http://127.0.0.1:{flower_port}  {login}")
-        console.print(f"  see the queues in RabbitMQ    http://127.0.0.1:{os.environ['RABBITMQ_PORT']}  (the same)")
-        console.print(f"  the results in the other one  Ctrl-C, then RESULT_STORE={store} docker compose up")
+        once_more = f"{same}docker compose run --rm --no-deps producer python producer.py where"
+        console.print(f"  see the tasks in Flower         http://127.0.0.1:{flower_port}  (user demo, password demo)")
         console.print(
-            "  the tour again, or a step     docker compose run --rm --no-deps producer python producer.py where"
+            f"  see the queues in RabbitMQ      http://127.0.0.1:{os.environ['RABBITMQ_PORT']}  (the same login)"
         )
-        console.print("  remove everything             docker compose down -v")
+        console.print(f"  put the results into {other:8}   Ctrl-C, then: RESULT_STORE={other} docker compose up")
+        console.print(f"  run a step once more            {once_more}")
+        console.print("  remove everything               docker compose down --volumes")
     else:
-        console.print("  one step of the tour          python producer.py where")
-        console.print("  see the tasks in Flower       FLOWER_BASIC_AUTH=demo:demo celery -A tasks flower")
+        console.print(f"  run a step once more            {same}python producer.py where")
+        console.print("  see the tasks in Flower         FLOWER_BASIC_AUTH=demo:demo celery -A tasks flower")
 
 
 def main() -> int:

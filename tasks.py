@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 from celery import Celery, Task
 from celery.exceptions import SoftTimeLimitExceeded
+from celery.utils.log import get_task_logger
 
 # worker.health: wrong passwords end the worker with one line, and Compose can ask whether it consumes.
 app = Celery("tasks", include=["worker.health"])
 app.config_from_object("celeryconfig")
+logger = get_task_logger(__name__)
 
 
 @app.task
@@ -68,4 +70,4 @@ def nap(seconds: float) -> float:
 @app.task(ignore_result=True)
 def log_visit(page: str) -> None:
     """Note a visit to a page: nobody wants the result, so none is stored."""
-    print(f"visit to {page}")
+    logger.info("visit to %s", page)

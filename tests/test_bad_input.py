@@ -144,6 +144,13 @@ def test_the_witness_reads_the_default_virtual_host_as_celery_does(redis_stack: 
     assert "virtual host '/'" in line or "no worker consumes" in line
 
 
+def test_the_worker_has_another_result_store(shared_stack: Stack) -> None:
+    other = "redis" if shared_stack.store == "rabbitmq" else "rabbitmq"
+    line = _one_line(PRODUCER, {**shared_stack.env, "RESULT_STORE": other})
+    assert line.startswith("producer: shared@")
+    assert "puts its results elsewhere: it was started with another RESULT_STORE than this producer" in line
+
+
 def test_no_worker_consumes(stack: Stack) -> None:
     line = _one_line(PRODUCER, stack.env)
     assert line.startswith("producer: no worker consumes from the queue 'tasks', so no task would ever run.")

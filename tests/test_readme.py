@@ -64,6 +64,20 @@ def test_the_readme_quotes_the_error_line(what: str, env: dict[str, str], redis_
     assert line.startswith(re.sub(r"(RabbitMQ|Redis) at \S+", r"\1 at SERVER", row[1]))
 
 
+@pytest.mark.parametrize(
+    ("variable", "url", "error"),
+    [
+        ("RABBITMQ_URL", "amqp://127.0.0.1:1//", "OperationalError"),
+        ("REDIS_URL", "redis://127.0.0.1:1/0", "RuntimeError: \nRetry limit exceeded"),
+    ],
+)
+def test_delay_raises_when_a_server_is_down(variable: str, url: str, error: str, redis_stack: Stack) -> None:
+    assert error.replace("\n", "").split(":")[0] in README
+    done = run(sys.executable, "-c", "import tasks; tasks.add.delay(1, 2)", env={**redis_stack.env, variable: url})
+    assert done.returncode == 1
+    assert error in done.stderr
+
+
 def test_every_link_to_a_file_leads_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / link).exists(), link

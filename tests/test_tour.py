@@ -17,7 +17,7 @@ ENDS = {
     "group": "[4, 2, 3]",
     "chain": "15, and its parent is 5",
     "revoke": "TaskRevokedError: terminated",
-    "time_limit": "SoftTimeLimitExceeded: SoftTimeLimitExceeded()",
+    "time_limit": "SoftTimeLimitExceeded",
     "ignored": "None",
     "where": "42",
 }
