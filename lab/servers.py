@@ -22,7 +22,6 @@ from urllib.parse import quote, unquote, urlsplit
 
 import redis
 
-import witness
 from celeryconfig import service_url
 
 ROOT = Path(__file__).parent.parent
@@ -190,11 +189,6 @@ class Worker:
         """Tell whether the text stands in its log."""
         return text in self.log.read_text()
 
-    def pool_processes(self) -> list[int]:
-        """Return the process ids of its prefork pool."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(pid) for pid in children.split()]
-
     def kill(self) -> None:
         """Kill the worker and its pool with SIGKILL, as the end of stop_grace_period does."""
         with suppress(ProcessLookupError):
@@ -205,8 +199,3 @@ class Worker:
         """Stop it as Compose does, with SIGTERM, and return its exit code."""
         self.process.terminate()
         return self.process.wait(60)
-
-
-def consumers(broker_url: str) -> int:
-    """Return how many workers consume from the task queue."""
-    return witness.count_consumers(broker_url, "tasks")

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from lab.servers import ROOT, Worker, consumers, wait_until
+import witness
+from lab.servers import ROOT, Worker, wait_until
 from tests.conftest import Stack
 from tests.proxy import Proxy
 
@@ -198,7 +199,7 @@ def test_a_poison_task_ends_as_a_failure_and_the_others_run_on(stack: Stack, tmp
 
 def test_two_workers_share_the_tasks(stack: Stack, loaded: ModuleType) -> None:
     with Worker(stack.logs / "w1.log", env=stack.env) as one, Worker(stack.logs / "w2.log", env=stack.env) as two:
-        assert consumers(stack.broker_url) == 2
+        assert witness.count_consumers(stack.broker_url, "tasks") == 2
         assert _fetch([loaded.import_rows.delay(1) for _ in range(40)]) == [1] * 40
         for worker in (one, two):
             assert worker.log.read_text().count(" succeeded in ") >= 10
