@@ -23,7 +23,8 @@ from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
 from celery import Task
-from celery.backends import rpc
+from celery.backends import redis, rpc
+from celery.utils.collections import BufferMap
 from celery.utils.log import get_logger
 from kombu.exceptions import OperationalError
 
@@ -190,14 +191,14 @@ worker_cancel_long_running_tasks_on_connection_loss = False
 
 # --- Results ----------------------------------------------------------------------------------------------
 
-# One key a task in Redis, or one message a result on the caller's own reply queue in RabbitMQ. The class is at
-# the end of this file; "rpc://" in its place goes back to Celery's own (and to its losses on a restart).
+# One key a task in Redis, or one message a result on the caller's own reply queue in RabbitMQ. Both classes are at the
+# end of this file; REDIS_URL or "rpc://" in their place goes back to Celery's own, and to their losses on a restart.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend
-result_backend = service_url("REDIS") if _store == "redis" else f"{__name__}:ReplyQueueBackend"
+result_backend = f"{__name__}:{'RedisBackend' if _store == 'redis' else 'ReplyQueueBackend'}"
 
 # With rediss://, check the server's certificate and host name (SSL_CERT_FILE as above).
 # redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#redis-backend-use-ssl
-if result_backend.startswith("rediss://"):
+if _store == "redis" and service_url("REDIS").startswith("rediss://"):
     redis_backend_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
 
 # Seconds until a result that nobody reads is removed, so that neither store fills up. Celery's default is a day.
@@ -212,20 +213,25 @@ result_extended = True
 # rabbitmq - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-persistent
 result_persistent = True
 
-# Worker and client try again while Redis is away, at least once a second. Without it, results are lost.
+# The worker tries again while Redis is away, at least once a second. Without it, results are lost.
 # redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend-always-retry
 result_backend_always_retry = True
 result_backend_max_sleep_between_retries_ms = 1000
 
 # Every key starts with this, so that several projects can share one Redis and one ACL rule names them all.
-# The retry policy lets delay() fail after 5 seconds when Redis cannot be reached, instead of 19.
+# The retry policy lets delay() fail after 5 seconds when Redis cannot be reached, instead of 19. A full Redis
+# (maxmemory) is like one that is away: the worker waits until there is room, instead of losing the result.
 # redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend-transport-options
-result_backend_transport_options = {"global_keyprefix": "celery-demo:", "retry_policy": {"timeout": 5.0}}
+result_backend_transport_options = {
+    "global_keyprefix": "celery-demo:",
+    "retry_policy": {"timeout": 5.0},
+    "additional_connection_errors": ["redis.exceptions.OutOfMemoryError"],
+}
 
 # Seconds. Notice a Redis that is gone instead of waiting two minutes for its answer.
 # redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#redis-socket-timeout
 redis_socket_connect_timeout = 2.0
-redis_socket_timeout = 10.0
+redis_socket_timeout = 5.0
 redis_socket_keepalive = True
 
 # --- What the environment must not override ---------------------------------------------------------------
@@ -241,7 +247,27 @@ for _name in ("RESULT_BACKEND", "CELERY_RESULT_BACKEND"):
             "unset it, and set RESULT_STORE=redis (with REDIS_URL) or RESULT_STORE=rabbitmq."
         )
 
-# --- The RabbitMQ result backend --------------------------------------------------------------------------
+# --- The result backends ----------------------------------------------------------------------------------
+
+
+class RedisBackend(redis.RedisBackend):
+    """Celery's redis:// backend; worker and client each wait for a Redis that is away as they should.
+
+    Two things differ. A finished part of a chord is counted once Redis is back: Celery tries again to store
+    results only, and the chord would never end. And a client asks once, so that get() keeps to its timeout
+    instead of trying for ever.
+    """
+
+    def __init__(self, *args: Any, url: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, url=url or service_url("REDIS"), **kwargs)
+
+    def on_chord_part_return(self, *args: Any, **kwargs: Any) -> None:
+        """Count a part of a chord, in the worker. A part that was counted already does not count twice."""
+        self._ensure_retryable(super().on_chord_part_return, *args, **kwargs)
+
+    def get_task_meta(self, task_id: str, cache: bool = True) -> Any:
+        """Return a task's state and result. Raises redis.RedisError when Redis is away."""
+        return self._get_task_meta_for(task_id)
 
 
 # The connection that consumes from each reply queue: two consumers would share the results between them.
@@ -303,12 +329,32 @@ class ReplyConsumer(rpc.ResultConsumer):
             time.sleep(min(timeout or 1.0, 1.0))
 
 
+class _UnreadResults(BufferMap):
+    """Results that arrived before their get(), each kept in the client for so many seconds, the oldest first."""
+
+    def __init__(self, expires: float | None) -> None:
+        super().__init__(maxsize=None)
+        self.expires = expires or float("inf")
+
+    def put(self, task_id: str, meta: dict[str, Any]) -> None:
+        super().put(task_id, meta)
+        self[task_id].arrived = now = time.monotonic()
+        while next(iter(self.values())).arrived < now - self.expires:
+            self.popitem(last=False)
+
+    def take(self, task_id: str, *default: Any) -> Any:
+        meta = super().take(task_id, *default)
+        if not self.get(task_id, True):  # Celery's own keeps the empty buffer of each result for ever
+            del self[task_id]
+        return meta
+
+
 class ReplyQueueBackend(rpc.RPCBackend):
     """Celery's rpc:// backend, with a reply queue that survives a restart of RabbitMQ and of its reader.
 
     Four things differ. The queue is not auto-delete: it was deleted, results and all, when RabbitMQ stopped. The
-    client reconnects until it succeeds. A new thread does not share its queue with an ended one. And no result
-    is dropped that arrives before its get() (rpc:// keeps 8,192), so fetch or forget() each one: they take memory.
+    client reconnects until it succeeds. A new thread does not share its queue with an ended one. And a result that
+    arrives before its get() is kept for result_expires, where rpc:// keeps the last 8,192.
     The queue is removed when nobody has used it for result_expires: a result that takes longer needs Redis.
     """
 
@@ -316,7 +362,7 @@ class ReplyQueueBackend(rpc.RPCBackend):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._pending_messages.maxsize = None
+        self._pending_messages = self.result_consumer._pending_messages = _UnreadResults(self.expires)
 
     @property
     def binding(self) -> Any:

@@ -277,15 +277,11 @@ def check_servers() -> None:
             )
         time.sleep(0.1)
     for name, settings in (app.control.inspect(timeout=2.0, limit=1).conf() or {}).items():
-        if _is_redis(settings["result_backend"]) != _is_redis(app.conf.result_backend):
+        if settings["result_backend"] != app.conf.result_backend:
             raise witness.Refused(
                 f"{name} puts its results elsewhere: it was started with another RESULT_STORE than this producer. "
                 "Set the same one for both."
             )
-
-
-def _is_redis(result_backend: str) -> bool:
-    return result_backend.startswith("redis")
 
 
 def print_next_commands() -> None:

@@ -67,7 +67,7 @@ def test_every_setting_has_a_scope_and_a_link() -> None:
 def test_without_variables_it_uses_redis_and_the_usual_local_servers() -> None:
     settings = _settings()
     assert settings["broker_url"] == "amqp://guest:guest@localhost:5672//"
-    assert settings["result_backend"] == "redis://localhost:6379/0"
+    assert settings["result_backend"] == "celeryconfig:RedisBackend"
 
 
 def test_result_store_switches_the_result_backend_and_nothing_else() -> None:

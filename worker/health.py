@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery, bootsteps, current_app, signals
+from celery.backends.base import BaseKeyValueStoreBackend
 
 import witness
 from celeryconfig import service_url
@@ -24,7 +25,7 @@ def refuse_wrong_passwords(sender: Any, **_: Any) -> None:
     try:
         with witness.rabbitmq_channel(app.conf.broker_url):
             pass
-        if app.conf.result_backend.startswith("redis"):
+        if isinstance(app.backend, BaseKeyValueStoreBackend):
             with witness.redis_client(service_url("REDIS")):
                 pass
     except witness.Unreachable:
