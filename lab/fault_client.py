@@ -1,7 +1,12 @@
-"""The client of the fault run: it queues tasks, fetches their results, and carries on whatever happens.
+"""The client of the fault run and of the load run: it queues, fetches, and carries on whatever happens.
 
-``python -m lab.fault_client stream 1000`` queues that many tasks while it fetches, ``queue`` queues them and waits to be
-killed, ``fetch`` fetches the ids that it reads. Each line of its output is a JSON object; the last one is the report.
+python -m lab.fault_client stream 1000     queue that many tasks, and fetch their results meanwhile
+python -m lab.fault_client queue 1000      queue them, print their ids, and wait to be killed
+python -m lab.fault_client fetch           fetch the results of the ids that it reads
+python -m lab.fault_client burst 20000     queue them all, then fetch them all
+python -m lab.fault_client steady 12000    queue 20 a second, and never read each tenth result
+
+Each line of its output is a JSON object for lab/faults.py; the last one is the report.
 """
 
 import argparse
@@ -10,6 +15,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 from celery import chord, group, uuid
@@ -23,66 +29,66 @@ from lab.fault_tasks import add_up, app, poison, work
 
 GET_TIMEOUT = 5.0  # seconds that one get() may take
 PATIENCE = 60.0  # seconds without any result after which the rest counts as lost
-WINDOW = 300  # tasks that are out at the same time
-AWAY = (OperationalError, RedisError, RuntimeError, OSError)  # a server cannot be reached
+WINDOW = 100  # results that are waited for at the same time
+RATE = 20  # tasks a second
+AWAY = (OperationalError, RedisError, RuntimeError, OSError)  # what a server that is away makes Celery raise
 
-noticed: Counter[str] = Counter()  # what queue() and fetch() ran into
+noticed: Counter[str] = Counter()
 
 
 def queue(signature: Any) -> Any:
-    """Queue a task, group or chord, and try again until a server has taken it.
+    """Queue a task, and try again until RabbitMQ has taken it.
 
-    After an error nobody knows whether the message arrived. The task keeps its id, so a second message repeats the
-    task and overwrites its result, and nothing waits for a third.
+    After an error nobody knows whether the message has arrived. So the signature carries the task's id: if it runs
+    twice, both write the same result, and a task that does no harm the second time loses nothing.
     """
     while True:
         try:
             return signature.apply_async()
         except AWAY as exc:
-            noticed[f"delay: {type(exc).__name__}"] += 1
+            noticed[f"{type(exc).__name__} in apply_async()"] += 1
             time.sleep(1)
 
 
 def fetch(result: AsyncResult[Any]) -> Any:
-    """Return the task's value, or the exception that it raised. Raises TimeoutError after GET_TIMEOUT seconds."""
+    """Return the task's value, or its exception. Raises TimeoutError when it is worth asking again."""
     try:
         return result.get(timeout=GET_TIMEOUT, propagate=False)
-    except ResultTimeout:
-        noticed["get: TimeoutError"] += 1
-        raise
     except AWAY as exc:
-        noticed[f"get: {type(exc).__name__}"] += 1
+        noticed[f"{type(exc).__name__} in get()"] += 1
         time.sleep(1)
-        raise ResultTimeout(str(exc)) from exc
+        raise ResultTimeout from exc
+    except ResultTimeout:  # it is late
+        noticed["TimeoutError in get()"] += 1
+        raise
 
 
-def jobs(count: int) -> Iterator[tuple[Any, list[int]]]:
-    """Yield signatures for at least so many tasks, and the values that they must return."""
-    number = 0
-    while number < count:
-        for _ in range(36):
-            yield work.s(number, 0.0).set(task_id=uuid()), [number]
-            number += 1
-        for _ in range(2):
-            yield work.s(number, 1.0).set(task_id=uuid()), [number]
-            number += 1
-        values = list(range(number, number + 6))
-        yield group(work.s(value, 0.0) for value in values), values
-        number += 6
-        values = list(range(number, number + 5))
-        header = [work.s(value, 0.0) for value in values]
-        if isinstance(app.backend, BaseKeyValueStoreBackend):  # the others cannot do chords
-            yield chord(header, add_up.s()), [*values, sum(values)]
-        else:
-            yield group([*header, work.s(number + 5, 0.0)]), [*values, number + 5]
-        number += 6
+def task(number: int, seconds: float = 0.0) -> Any:
+    """Return a task that returns the number, with an id."""
+    return work.s(number, seconds).set(task_id=uuid())
 
 
-def flat(result: Any) -> list[AsyncResult[Any]]:
-    """Return the single results of a task, a group or a chord."""
-    if results := getattr(result, "results", None):
-        return list(results)
-    return [*flat(result.parent), result] if result.parent else [result]
+def jobs(batches: int) -> Iterator[tuple[Any, list[int]]]:
+    """Yield batches of 50 tasks, single, in a group and in a chord, two of them slow, and the values to come back."""
+    numbers = count()
+    for _ in range(batches):
+        for seconds in [0.0] * 36 + [1.0] * 2:
+            number = next(numbers)
+            yield task(number, seconds), [number]
+        six = [next(numbers) for _ in range(6)]
+        yield group(task(number) for number in six), six
+        five = [next(numbers) for _ in range(5)]
+        if isinstance(app.backend, BaseKeyValueStoreBackend):
+            yield chord([task(number) for number in five], add_up.s()), [*five, sum(five)]
+        else:  # it cannot do chords
+            yield group(task(number) for number in [*five, 0]), [*five, 0]
+
+
+def single_results(result: Any) -> list[AsyncResult[Any]]:
+    """Return the results of a task, of a group's tasks, or of a chord's tasks and its end."""
+    if isinstance(result, AsyncResult):
+        return [*(single_results(result.parent) if result.parent else []), result]
+    return list(result.results)
 
 
 class Fetcher:
@@ -100,39 +106,34 @@ class Fetcher:
         self.outstanding.extend(zip(results, values, strict=True))
         self.accepted += len(results)
 
-    def fetch_one(self) -> None:
-        """Fetch the oldest result; if it does not come, go on with the next one."""
-        result, value = self.outstanding.popleft()
-        started = time.monotonic()
-        try:
-            got = fetch(result)
-        except ResultTimeout:
-            self.outstanding.append((result, value))
-        else:
-            self.fetched += 1
-            if got != value:
-                self.wrong.append(f"{result.id}: {got!r}")
-            self.longest_pause = max(self.longest_pause, time.monotonic() - self.last_news)
-            self.last_news = time.monotonic()
-            if self.fetched % 50 == 0:
-                say(fetched=self.fetched)
-        self.longest_get = max(self.longest_get, time.monotonic() - started)
-
-    @property
-    def patient(self) -> bool:
-        """Tell whether a result may still come."""
-        return bool(self.outstanding) and time.monotonic() - self.last_news < PATIENCE
+    def fetch_until(self, remaining: int) -> None:
+        """Fetch until so many results remain, or none comes any more."""
+        while len(self.outstanding) > remaining and time.monotonic() - self.last_news < PATIENCE:
+            result, value = self.outstanding.popleft()
+            started = time.monotonic()
+            try:
+                got = fetch(result)
+            except ResultTimeout:
+                self.outstanding.append((result, value))
+            else:
+                self.fetched += 1
+                if got != value:
+                    self.wrong.append(f"{result.id}: {got!r}")
+                self.longest_pause = max(self.longest_pause, time.monotonic() - self.last_news)
+                self.last_news = time.monotonic()
+                if self.fetched % 50 == 0:
+                    say(fetched=self.fetched)
+            self.longest_get = max(self.longest_get, time.monotonic() - started)
 
     def report(self) -> None:
-        """Print what became of the tasks."""
+        """Say what became of the tasks."""
         say(
             accepted=self.accepted,
             lost=len(self.outstanding),
-            lost_ids=[result.id for result, _ in self.outstanding][:5],
-            wrong=self.wrong[:5],
-            longest_get=round(self.longest_get, 1),
-            longest_pause=round(self.longest_pause, 1),
-            noticed=dict(noticed),
+            wrong=self.wrong,
+            longest_get=self.longest_get,
+            longest_pause=self.longest_pause,
+            noticed=noticed,
         )
 
 
@@ -141,36 +142,47 @@ def say(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
-def main() -> int:
-    """Run one of the three parts."""
+def main() -> None:
+    """Do one of the five things."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["stream", "queue", "fetch"])
-    parser.add_argument("count", type=int, nargs="?", default=1000)
-    parser.add_argument("--poison", action="store_true", help="queue a task among them that kills its process")
+    parser.add_argument("part", choices=["stream", "queue", "fetch", "burst", "steady"])
+    parser.add_argument("tasks", type=int, nargs="?", default=0)
+    parser.add_argument("--poison", action="store_true", help="put a task among them that kills its process")
     arguments = parser.parse_args()
     fetcher = Fetcher()
-    if arguments.part == "fetch":
-        for line in sys.stdin:
-            task_id, value = json.loads(line)
-            fetcher.add([app.AsyncResult(task_id)], [value])
-    elif arguments.part == "queue":
-        for number in range(arguments.count):
-            say(queued=[queue(work.s(number, 0.0).set(task_id=uuid())).id, number])
-        say(done=True)
-        time.sleep(600)  # to be killed
-    else:
-        poisoned = queue(poison.s()) if arguments.poison else None
-        for signature, values in jobs(arguments.count):
-            fetcher.add(flat(queue(signature)), values)
-            while len(fetcher.outstanding) > WINDOW and fetcher.patient:
-                fetcher.fetch_one()
+    if arguments.part == "stream":
+        poisoned = queue(poison.s().set(task_id=uuid())) if arguments.poison else None
+        for signature, values in jobs(arguments.tasks // 50):
+            fetcher.add(single_results(queue(signature)), values)
+            fetcher.fetch_until(remaining=WINDOW)
         if poisoned:
-            say(poison=repr(poisoned.get(timeout=60, propagate=False)))
-    while fetcher.patient:
-        fetcher.fetch_one()
+            say(poison=str(poisoned.get(timeout=60, propagate=False)))
+    elif arguments.part == "queue":
+        for number in range(arguments.tasks):
+            say(id=queue(task(number)).id, number=number)
+        say(queued=arguments.tasks)
+        time.sleep(600)
+    elif arguments.part == "fetch":
+        queued = [json.loads(line) for line in sys.stdin]
+        fetcher.add([app.AsyncResult(one["id"]) for one in queued], [one["number"] for one in queued])
+    elif arguments.part == "burst":
+        for number in range(arguments.tasks):
+            fetcher.add([queue(task(number))], [number])
+        fetcher.last_news = time.monotonic()
+        say(queued=arguments.tasks)
+    else:
+        started = time.monotonic()
+        for number in range(arguments.tasks):
+            time.sleep(max(0.0, started + number / RATE - time.monotonic()))
+            result = queue(task(number))
+            if number % 10:
+                fetcher.add([result], [number])
+            fetcher.fetch_until(remaining=RATE)
+    fetcher.fetch_until(remaining=0)
     fetcher.report()
-    return 0
+    if arguments.part in ("burst", "steady"):
+        time.sleep(600)  # its memory is looked at
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from celery import Task
 from celery.utils.log import get_task_logger
 
-from tasks import app
+from tasks import app as app
 
 logger = get_task_logger(__name__)
-EXECUTED = "executed"  # the line says this and the task's id
+
+if expires := os.environ.get("RESULT_EXPIRES"):
+    app.conf.result_expires = int(expires)
 
 
 @app.task(bind=True)
-def work(self: "Task[..., int]", number: int, seconds: float) -> int:
+def work(self: "Task[..., int]", number: int, seconds: float = 0.0) -> int:
     """Take that many seconds, and return the number."""
-    logger.info("%s %s", EXECUTED, self.request.id)
+    logger.info("executed %s", self.request.id)
     time.sleep(seconds)
     return number
 
@@ -25,7 +27,7 @@ def work(self: "Task[..., int]", number: int, seconds: float) -> int:
 @app.task(bind=True)
 def add_up(self: "Task[..., int]", numbers: Sequence[int]) -> int:
     """Return the sum: the end of a chord."""
-    logger.info("%s %s", EXECUTED, self.request.id)
+    logger.info("executed %s", self.request.id)
     return sum(numbers)
 
 

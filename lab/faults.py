@@ -1,11 +1,11 @@
 """Break one thing at a time while tasks run, and count what becomes of them.
 
-It runs on the host and needs nothing there but Docker and Python: ``python3 lab/faults.py``. It starts the demo's
-services in a Compose project of its own, beside a running demo, and removes it in the end. A part of it:
+It runs on the host and needs nothing there but Docker and Python 3.11. It starts the demo's services in a Compose
+project of its own, beside a running demo, and removes it in the end. The whole takes about 20 minutes.
 
-  python3 lab/faults.py --list                        what is broken
-  python3 lab/faults.py redis-killed worker-killed    these only, on both stores
-  python3 lab/faults.py --store rabbitmq              one store only
+python3 -m lab.faults                               everything on both stores, then a table
+python3 -m lab.faults redis-killed worker-killed    these faults only; --help lists them
+python3 -m lab.faults --store rabbitmq              one store only
 """
 
 import argparse
@@ -16,111 +16,88 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PROJECT = "celery-result-backends-faults"
+COMPOSE = ("docker", "compose", "-f", "docker-compose.yml", "-f", "lab/faults.yml")
 STORES = ("redis", "rabbitmq")
 TASKS = 1000
-AWAY = 20  # seconds for which a server is paused or a network is cut
-ROW_TIMEOUT = 300  # seconds; a row that takes longer has failed
+AWAY = 20  # seconds for which a server is away, or a network cut
+TIMEOUT = 300.0  # seconds that any single thing may take
+
+
+class Failed(Exception):
+    """The run itself has failed; the message says what."""
 
 
 class Stack:
     """The demo's services in a Compose project of their own."""
 
-    def __init__(self, store: str) -> None:
-        self.store = store
-        self.env = {
-            **os.environ,
-            "COMPOSE_PROJECT_NAME": PROJECT,
-            "COMPOSE_DISABLE_ENV_FILE": "1",
-            "RESULT_STORE": store,
-            "FLOWER_PORT": "0",  # any free one
-            "RABBITMQ_PORT": "0",
-        }
+    def __init__(self, store: str, **env: str) -> None:
+        self.store, self.project = store, f"{PROJECT}-{store}"
+        own = {"COMPOSE_PROJECT_NAME": self.project, "RESULT_STORE": store, "FLOWER_PORT": "0", "RABBITMQ_PORT": "0"}
+        self.env = {**os.environ, "COMPOSE_DISABLE_ENV_FILE": "1", **own, **env}
 
-    def docker(self, *command: str, stdin: str | None = None, timeout: float = 180.0) -> str:
-        """Run a docker command and return its output. Raises CalledProcessError or TimeoutExpired."""
-        done = subprocess.run(
-            ["docker", *command],
-            cwd=ROOT,
-            env=self.env,
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=True,
-        )
+    def run(self, *command: str) -> str:
+        """Run a command and return its output. Raises Failed."""
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as exc:
+            raise Failed(str(exc)) from None
+        if done.returncode:
+            raise Failed(f"{' '.join(command)}: {done.stderr.strip()[-1000:]}")
         return done.stdout
 
-    def compose(self, *command: str, **options: Any) -> str:
-        """Run a docker compose command."""
-        return self.docker("compose", "-f", "docker-compose.yml", "-f", "lab/faults.yml", *command, **options)
-
-    def up(self, workers: int = 1) -> None:
-        """Bring everything into the state in which each row begins."""
-        self.compose("up", "--detach", "--wait", "--no-build", f"--scale=worker={workers}", "worker", timeout=300)
-
-    def start(self, *services: str) -> None:
-        """Start services again, and wait until they are healthy."""
-        self.compose("start", *services)
-
-    def down(self) -> None:
-        """Remove containers, networks and volumes."""
-        self.compose("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "5")
+    def compose(self, *command: str) -> str:
+        """Run a docker compose command. Raises Failed."""
+        return self.run(*COMPOSE, *command)
 
     def container(self, service: str) -> str:
-        """Return the id of a service's first container."""
+        """Return the id of a service's first container. Raises Failed."""
         return self.compose("ps", "--all", "--quiet", service).split()[0]
 
     def redis(self, *command: str) -> str:
-        """Run a command in redis-cli."""
+        """Run a command in redis-cli. Raises Failed."""
         return self.compose("exec", "-T", "redis", "redis-cli", *command)
 
-    def executions(self, since: float) -> Counter[str]:
-        """Count how often each task was begun, from the workers' logs."""
-        log = self.compose("logs", "--no-color", "--no-log-prefix", "--since", f"{since:.3f}", "worker")
-        return Counter(line.rpartition(" ")[2] for line in log.splitlines() if " executed " in f"{line} ")
+    def rabbitmqctl(self, *command: str) -> str:
+        """Run a command in rabbitmqctl. Raises Failed."""
+        return self.compose("exec", "-T", "rabbitmq", "rabbitmqctl", "--quiet", *command)
 
-    def client(self, *arguments: str, name: str) -> "Client":
-        """Start the client in a container of its own."""
-        return Client(self, name, arguments)
+    def up(self, workers: int = 1) -> None:
+        """Bring RabbitMQ, Redis and so many workers into a good state, whatever was broken. Raises Failed."""
+        self.compose("up", "--detach", "--wait", "--no-build", f"--scale=worker={workers}", "worker")
+
+    def down(self) -> None:
+        """Remove containers, networks and volumes. Raises Failed."""
+        self.compose("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "5")
+
+    @contextmanager
+    def cleared_away(self) -> Iterator[None]:
+        """Begin with nothing and leave nothing behind."""
+        self.down()
+        try:
+            self.compose("build", "worker")
+            yield
+        finally:
+            self.down()
 
 
 class Client:
-    """A running lab/fault_client.py, and what it has said so far."""
+    """lab/fault_client.py in a container, and what it has said so far."""
 
-    def __init__(self, stack: Stack, name: str, arguments: tuple[str, ...]) -> None:
-        self.stack, self.name = stack, f"{PROJECT}-{name}"
-        self.said: list[dict[str, Any]] = []
-        self.changed = threading.Condition()
+    def __init__(self, stack: Stack, *arguments: str, text: str = "") -> None:
+        self.stack, self.name = stack, f"{stack.project}-client-{time.monotonic_ns()}"
+        options = ("--rm", "-T", "--no-deps", "--name", self.name)
         self.process = subprocess.Popen(
-            # fmt: off
-            [
-                "docker",
-                "compose",
-                "-f",
-                "docker-compose.yml",
-                "-f",
-                "lab/faults.yml",
-                "run",
-                "--rm",
-                "-T",
-                "--no-deps",
-                "--name",
-                self.name,
-                "producer",
-                "python",
-                "-m",
-                "lab.fault_client",
-                *arguments,
-            ],
-            # fmt: on
+            [*COMPOSE, "run", *options, "producer", "python", "-m", "lab.fault_client", *arguments],
             cwd=ROOT,
             env=stack.env,
             stdin=subprocess.PIPE,
@@ -128,198 +105,256 @@ class Client:
             stderr=subprocess.PIPE,
             text=True,
         )
+        assert self.process.stdin
+        self.process.stdin.write(text)
+        self.process.stdin.close()
+        self.said: list[dict[str, Any]] = []
         self.errors: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
-        threading.Thread(target=self._read_errors, daemon=True).start()
+        self.changed = threading.Condition()
+        for read in (self._read_output, self._read_errors):
+            threading.Thread(target=read, daemon=True).start()
 
-    def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
+    def _read_output(self) -> None:
+        for line in self.process.stdout or ():
             with self.changed:
                 self.said.append(json.loads(line))
                 self.changed.notify_all()
-        with self.changed:
-            self.changed.notify_all()
 
     def _read_errors(self) -> None:
-        assert self.process.stderr
-        self.errors.extend(self.process.stderr)
+        self.errors.extend(self.process.stderr or ())
 
-    def wait_for(self, key: str, at_least: int = 1) -> Any:
-        """Return the value that the client gives for a key, once it is so high. Raises RuntimeError or TimeoutError."""
-        deadline = time.monotonic() + ROW_TIMEOUT
+    def wait_for(self, key: str, at_least: Any = 0, timeout: float = TIMEOUT) -> dict[str, Any]:
+        """Return the first line with a key whose value is so high. Raises Failed after timeout seconds."""
+        deadline = time.monotonic() + timeout
         with self.changed:
             while True:
-                for said in self.said:
-                    if key in said and (not isinstance(said[key], int) or said[key] >= at_least):
-                        return said[key]
-                if self.process.poll() is not None:
-                    raise RuntimeError(f"the client has ended: {''.join(self.errors)[-2000:]}")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"the client does not say {key!r}: {''.join(self.errors)[-2000:]}")
+                for line in self.said:
+                    if key in line and line[key] >= at_least:
+                        return line
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise Failed(f"the client does not say {key!r}: {''.join(self.errors)[-1000:]}")
                 self.changed.wait(1)
 
-    def report(self) -> dict[str, Any]:
-        """Wait for the last line."""
-        self.wait_for("accepted", 0)
-        self.process.wait(60)
-        return self.said[-1]
-
     def kill(self) -> None:
-        """Kill it with SIGKILL."""
-        self.stack.docker("kill", self.name)
-        self.process.wait(60)
+        """Kill it with SIGKILL. Raises Failed."""
+        self.stack.run("docker", "kill", self.name)
+        self.process.wait(TIMEOUT)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is broken while tasks run."""
+    """One thing that is broken while tasks run."""
 
     name: str
     text: str
-    inject: Callable[[Stack], None]
+    inject: Callable[..., None]
+    what: tuple[str, ...] = ()  # services or networks
     workers: int = 1
-    options: tuple[str, ...] = ()
-    not_promised: dict[str, str] = field(default_factory=dict)  # store: why it cannot promise to keep the results
+    client: tuple[str, ...] = ("stream", str(TASKS))
 
 
 def nothing(stack: Stack) -> None:
     """Break nothing."""
 
 
-def kill_pool_process(stack: Stack) -> None:
-    """Kill both processes of the worker's pool in mid-task."""
-    children = "/proc/1/task/1/children"
+def killed(stack: Stack, *services: str) -> None:
+    """Kill services with SIGKILL, and start them 2 seconds later."""
+    stack.compose("kill", *services)
+    time.sleep(2)
+    stack.compose("start", *services)
+
+
+def restarted(stack: Stack, *services: str) -> None:
+    """Stop services with SIGTERM, and start them again."""
+    stack.compose("stop", *services)
+    stack.compose("start", *services)
+
+
+def stopped(stack: Stack, service: str) -> None:
+    """Stop a service, and start it after a while."""
+    stack.compose("stop", service)
+    time.sleep(AWAY)
+    stack.compose("start", service)
+
+
+def paused(stack: Stack, service: str) -> None:
+    """Freeze a service for a while; its connections stay open and nobody answers."""
+    stack.compose("pause", service)
+    time.sleep(AWAY)
+    stack.compose("unpause", service)
+
+
+def cut_off(stack: Stack, *networks: str) -> None:
+    """Take the worker off networks for a while; packets vanish."""
+    worker = stack.container("worker")
+    for network in networks:
+        stack.run("docker", "network", "disconnect", f"{stack.project}_{network}", worker)
+    time.sleep(AWAY)
+    for network in networks:
+        stack.run("docker", "network", "connect", f"{stack.project}_{network}", worker)
+
+
+def kill_pool_processes(stack: Stack) -> None:
+    """Kill two processes of the worker's pool, as the kernel does when memory runs out."""
+    kill_first_child = "import os; os.kill(int(open('/proc/1/task/1/children').read().split()[0]), 9)"
     for _ in range(2):
-        stack.compose(
-            "exec", "-T", "worker", "python", "-c",
-            f"import os; os.kill(int(open({children!r}).read().split()[0]), 9)",
-        )  # fmt: skip
+        stack.compose("exec", "-T", "worker", "python", "-c", kill_first_child)
         time.sleep(1)
 
 
-def killed(*services: str) -> Callable[[Stack], None]:
-    """Kill services with SIGKILL, and start them after 2 seconds."""
-
-    def inject(stack: Stack) -> None:
-        stack.compose("kill", *services)
-        time.sleep(2)
-        stack.start(*services)
-
-    return inject
-
-
-def restarted(*services: str) -> Callable[[Stack], None]:
-    """Stop services with SIGTERM and start them again."""
-
-    def inject(stack: Stack) -> None:
-        stack.compose("stop", *services)
-        stack.start(*services)
-
-    return inject
-
-
-def paused(service: str) -> Callable[[Stack], None]:
-    """Freeze a service."""
-
-    def inject(stack: Stack) -> None:
-        stack.compose("pause", service)
-        time.sleep(AWAY)
-        stack.compose("unpause", service)
-
-    return inject
-
-
-def cut_off(*networks: str) -> Callable[[Stack], None]:
-    """Take the worker off networks."""
-
-    def inject(stack: Stack) -> None:
-        worker = stack.container("worker")
-        for network in networks:
-            stack.docker("network", "disconnect", f"{PROJECT}_{network}", worker)
-        time.sleep(AWAY)
-        for network in networks:
-            stack.docker("network", "connect", "--alias", "worker", f"{PROJECT}_{network}", worker)
-
-    return inject
-
-
 def lose_one_worker(stack: Stack) -> None:
-    """Kill one of two workers; it does not come back."""
-    stack.docker("kill", stack.container("worker"))
+    """Kill a worker; it does not come back."""
+    stack.run("docker", "kill", stack.container("worker"))
 
 
-def redis_full(stack: Stack) -> None:
-    """Let Redis refuse to take anything more."""
+def fill_redis(stack: Stack) -> None:
+    """Let Redis refuse every write for a while."""
     limit = stack.redis("config", "get", "maxmemory").split()[-1]
     stack.redis("config", "set", "maxmemory", "1")
     time.sleep(AWAY)
     stack.redis("config", "set", "maxmemory", limit)
 
 
-def rabbitmq_alarm(stack: Stack) -> None:
-    """Let RabbitMQ block everybody who publishes, as it does when it runs out of memory."""
-    stack.compose("exec", "-T", "rabbitmq", "rabbitmqctl", "-q", "set_vm_memory_high_watermark", "absolute", "1")
+def raise_memory_alarm(stack: Stack) -> None:
+    """Let RabbitMQ block everybody who publishes for a while."""
+    stack.rabbitmqctl("set_vm_memory_high_watermark", "absolute", "1")
     time.sleep(AWAY)
-    stack.compose("exec", "-T", "rabbitmq", "rabbitmqctl", "-q", "set_vm_memory_high_watermark", "0.6")
+    stack.rabbitmqctl("set_vm_memory_high_watermark", "0.6")
 
 
 FAULTS = [
     Fault("none", "nothing", nothing),
-    Fault("pool-process-killed", "two processes of the worker's pool killed in mid-task", kill_pool_process),
-    Fault("poison-task", "a task that kills its process each time", nothing, options=("--poison",)),
-    Fault("worker-killed", "worker killed", killed("worker")),
-    Fault("worker-restarted", "worker stopped and started", restarted("worker")),
-    Fault("one-of-two-workers", "one of two workers killed for good", lose_one_worker, workers=2),
-    Fault("rabbitmq-restarted", "RabbitMQ stopped and started", restarted("rabbitmq")),
-    Fault("rabbitmq-killed", "RabbitMQ killed", killed("rabbitmq")),
-    Fault("rabbitmq-paused", f"RabbitMQ frozen for {AWAY} s", paused("rabbitmq")),
-    Fault("rabbitmq-alarm", f"RabbitMQ blocks publishers for {AWAY} s", rabbitmq_alarm),
-    Fault("redis-restarted", "Redis stopped and started", restarted("redis")),
-    Fault("redis-killed", "Redis killed", killed("redis")),
-    Fault("redis-paused", f"Redis frozen for {AWAY} s", paused("redis")),
-    Fault("redis-full", f"Redis full for {AWAY} s", redis_full),
-    Fault("worker-cut-off", f"worker without network for {AWAY} s", cut_off("default", "results")),
-    Fault("worker-cut-off-redis", f"worker cut off from Redis for {AWAY} s", cut_off("results")),
-    Fault("all-restarted", "everything stopped and started", restarted("worker", "rabbitmq", "redis")),
+    Fault("pool-killed", "two processes of the worker's pool killed", kill_pool_processes),
+    Fault("poison", "a task kills its process each time", nothing, client=("stream", str(TASKS), "--poison")),
+    Fault("worker-killed", "worker killed", killed, ("worker",)),
+    Fault("worker-restarted", "worker stopped and started", restarted, ("worker",)),
+    Fault("worker-lost", "one of two workers killed for good", lose_one_worker, workers=2),
+    Fault("worker-cut-off", f"worker without network for {AWAY} s", cut_off, ("default", "results")),
+    Fault("worker-cut-off-redis", f"worker cut off from Redis for {AWAY} s", cut_off, ("results",)),
+    Fault("rabbitmq-restarted", "RabbitMQ stopped and started", restarted, ("rabbitmq",)),
+    Fault("rabbitmq-stopped", f"RabbitMQ stopped for {AWAY} s", stopped, ("rabbitmq",)),
+    Fault("rabbitmq-killed", "RabbitMQ killed", killed, ("rabbitmq",)),
+    Fault("rabbitmq-paused", f"RabbitMQ frozen for {AWAY} s", paused, ("rabbitmq",)),
+    Fault("rabbitmq-alarm", f"RabbitMQ blocks publishers for {AWAY} s", raise_memory_alarm),
+    Fault("redis-restarted", "Redis stopped and started", restarted, ("redis",)),
+    Fault("redis-stopped", f"Redis stopped for {AWAY} s", stopped, ("redis",)),
+    Fault("redis-killed", "Redis killed", killed, ("redis",)),
+    Fault("redis-paused", f"Redis frozen for {AWAY} s", paused, ("redis",)),
+    Fault("redis-full", f"Redis full for {AWAY} s", fill_redis),
+    Fault("all-restarted", "all of them stopped and started", restarted, ("worker", "rabbitmq", "redis")),
+    Fault("producer-killed", "producer killed, a new one fetches by id", nothing, client=("queue", str(TASKS))),
 ]
+NOT_PROMISED = {("rabbitmq", "producer-killed"): "the reply queue belongs to the process that queued the tasks"}
 
 
-def run_row(stack: Stack, fault: Fault) -> dict[str, Any]:
-    """Break one thing, and return what became of the tasks."""
+@dataclass(frozen=True)
+class Row:
+    """What became of the tasks."""
+
+    store: str
+    fault: Fault
+    accepted: int
+    lost: int
+    wrong: int
+    twice: int
+    longest_pause: float
+    longest_get: float
+    noticed: dict[str, int]
+
+    @property
+    def good(self) -> bool:
+        """Tell whether every result that the store promises to keep was fetched."""
+        return not self.wrong and (not self.lost or (self.store, self.fault.name) in NOT_PROMISED)
+
+
+def executions(stack: Stack, since: float) -> Counter[str]:
+    """Count how often each task was begun, from the workers' logs. Raises Failed."""
+    log = stack.compose("logs", "--no-color", "--no-log-prefix", "--since", f"{since:.3f}", "worker")
+    return Counter(line.rpartition(" ")[2] for line in log.splitlines() if ": executed " in line)
+
+
+def try_fault(stack: Stack, fault: Fault) -> Row:
+    """Break one thing while tasks run, and count. Raises Failed."""
     stack.up(fault.workers)
     since = time.time()
-    client = stack.client("stream", str(TASKS), *fault.options, name="client")
-    client.wait_for("fetched", 100)
-    fault.inject(stack)
-    report = client.report()
-    executed = stack.executions(since)
-    report["twice"] = sum(1 for count in executed.values() if count > 1)
-    report["poison"] = next((said["poison"] for said in client.said if "poison" in said), "")
-    return report
+    client = Client(stack, *fault.client)
+    if fault.client[0] == "queue":
+        client.wait_for("queued")
+        client.kill()
+        ids = "".join(f"{json.dumps(line)}\n" for line in client.said if "id" in line)
+        client = Client(stack, "fetch", text=ids)
+    else:
+        client.wait_for("fetched", at_least=100)
+        fault.inject(stack, *fault.what)
+    report = client.wait_for("accepted")
+    client.process.wait(TIMEOUT)
+    if "--poison" in fault.client and "exited prematurely" not in client.wait_for("poison", "")["poison"]:
+        raise Failed("the poison task did not end as a WorkerLostError")
+    return Row(
+        stack.store,
+        fault,
+        report["accepted"],
+        report["lost"],
+        len(report["wrong"]),
+        sum(times > 1 for times in executions(stack, since).values()),
+        report["longest_pause"],
+        report["longest_get"],
+        report["noticed"],
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows as a table in Markdown."""
+    lines = [
+        "| broken | store | accepted | fetched | lost | run twice | longest pause | longest `get(timeout=5)` "
+        "| the client noticed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for fault in FAULTS:
+        for row in (row for row in rows if row.fault is fault):
+            noticed = ", ".join(f"{times} x {what}" for what, times in row.noticed.items()) or "nothing"
+            lost = f"{row.lost}*" if (row.store, fault.name) in NOT_PROMISED else str(row.lost)
+            lines.append(
+                f"| {fault.text} | {row.store} | {row.accepted:,} | {row.accepted - row.lost - row.wrong:,} | {lost} "
+                f"| {row.twice} | {row.longest_pause:.0f} s | {row.longest_get:.0f} s | {noticed} |"
+            )
+    lines += [f"\n\\* {store}, {fault}: {why}." for (store, fault), why in NOT_PROMISED.items()]
+    return "\n".join(lines)
 
 
 def main() -> int:
+    """Try the faults, print the table, and return 0 if every promised result was fetched."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("fault", nargs="*")
+    names = [fault.name for fault in FAULTS]
+    parser.add_argument("fault", nargs="*", help=", ".join(names))
     parser.add_argument("--store", choices=STORES)
     arguments = parser.parse_args()
-    chosen = [fault for fault in FAULTS if not arguments.fault or fault.name in arguments.fault]
-    for store in [arguments.store] if arguments.store else STORES:
-        stack = Stack(store)
-        stack.down()
-        stack.compose("build", "worker", timeout=900)
-        for fault in chosen:
-            begun = time.monotonic()
-            try:
-                report = run_row(stack, fault)
-            except Exception as exc:
-                report = {"failed": repr(exc), "stderr": getattr(exc, "stderr", "")}
-            print(f"{store:9} {fault.name:22} {time.monotonic() - begun:5.0f} s  {json.dumps(report)}", flush=True)
-            if "failed" in report:
-                stack.down()
-        stack.down()
-    return 0
+    if unknown := set(arguments.fault) - set(names):
+        parser.error(f"there is no fault {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    chosen = [fault for fault in FAULTS if fault.name in (arguments.fault or names)]
+    rows: list[Row] = []
+    failures = 0
+    try:
+        for store in [arguments.store] if arguments.store else STORES:
+            stack = Stack(store)
+            print(f"Starting the servers, results in {store}.", file=sys.stderr, flush=True)
+            with stack.cleared_away():
+                for fault in chosen:
+                    started = time.monotonic()
+                    print(f"  {fault.text} ...", end=" ", file=sys.stderr, flush=True)
+                    try:
+                        rows.append(row := try_fault(stack, fault))
+                        verdict = f"{row.lost} of {row.accepted:,} lost" + ("" if row.good else " - NOT GOOD")
+                        failures += not row.good
+                    except Failed as exc:
+                        verdict, failures = f"FAILED: {exc}", failures + 1
+                        stack.down()
+                    print(f"{verdict} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
+    except Failed as exc:
+        print(f"faults: {exc}", file=sys.stderr)
+        return 1
+    print(table(rows))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
