@@ -286,10 +286,7 @@ class ReplyConsumer(rpc.ResultConsumer):
         connection = self.app.connection_for_read()
         self._connection_errors = (*connection.connection_errors, *connection.channel_errors, OperationalError)
         queue = self.backend.binding
-        # Python gives a new thread the identity of an ended one, and with it the queue's name. The ended one's
-        # connection may still be open; closed, RabbitMQ sends what it held to us.
-        if left_over := _consuming.pop(queue.name, None):
-            left_over.collect()
+        self.take_over()
         try:
             connection.ensure_connection(max_retries=0)
             consumer = self.Consumer(
@@ -301,6 +298,14 @@ class ReplyConsumer(rpc.ResultConsumer):
             raise
         self._connection, self._consumer = connection, consumer
         _consuming[queue.name] = connection
+
+    def take_over(self) -> None:
+        """Close the connection of an ended thread, unless this one consumes already; RabbitMQ sends us what it held.
+
+        Python gives a new thread the identity of an ended one, and with it the name of its reply queue.
+        """
+        if self._consumer is None and (left_over := _consuming.pop(self.backend.oid, None)):
+            left_over.collect()
 
     def _on_reply(self, meta: dict[str, Any], message: Any) -> None:
         try:
@@ -363,6 +368,11 @@ class ReplyQueueBackend(rpc.RPCBackend):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._pending_messages = self.result_consumer._pending_messages = _UnreadResults(self.expires)
+
+    def get_task_meta(self, *args: Any, **kwargs: Any) -> Any:
+        """Poll the reply queue, for .state and .ready()."""
+        self.result_consumer.take_over()
+        return super().get_task_meta(*args, **kwargs)
 
     @property
     def binding(self) -> Any:

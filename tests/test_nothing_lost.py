@@ -163,6 +163,23 @@ def test_threads_that_come_and_go_fetch_their_results(stack: Stack, loaded: Modu
     assert fetched == [0, 2, 4, 6, 8, 10, 12, 14]
 
 
+def test_a_new_thread_polls_although_an_ended_one_had_consumed(stack: Stack, loaded: ModuleType) -> None:
+    def fetch() -> None:
+        assert loaded.add.delay(1, 1).get(timeout=20) == 2
+
+    def poll() -> None:
+        result = loaded.add.delay(2, 2)
+        wait_until(result.ready, "the state")
+
+    with Worker(stack.logs / "w.log", env=stack.env):
+        oids = []
+        for action in (fetch, poll):
+            with ThreadPoolExecutor(1) as client:
+                oids.append(client.submit(lambda: loaded.app.thread_oid).result())
+                client.submit(action).result()
+    assert oids[0] == oids[1], "the second thread did not get the first one's identity, so this shows nothing"
+
+
 def test_connections_of_worker_and_client_break(stack: Stack, loaded: ModuleType) -> None:
     with Worker(stack.logs / "w.log", env=stack.env) as worker:
         # The management API lists a connection some seconds after it was opened.
