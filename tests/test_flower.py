@@ -134,10 +134,12 @@ def flower(shared_stack: Stack, tasks: ModuleType, tmp_path: Path) -> Iterator[F
 
 def test_it_shows_tasks_with_state_arguments_and_result(flower: Flower, tasks: ModuleType) -> None:
     added, divided, napping = tasks.add.delay(20, 22), tasks.divide.delay(1, 0), tasks.nap.delay(30)
+    ignored = tasks.divide.apply_async((2, 0), ignore_result=True)
     shown = flower.sees(added.id, "SUCCESS")
     assert (shown["name"], shown["args"], shown["kwargs"], shown["result"]) == ("tasks.add", "(20, 22)", "{}", "42")
     assert shown["worker"].startswith("shared@")
     assert flower.sees(divided.id, "FAILURE")["exception"] == "ZeroDivisionError('division by zero')"
+    assert flower.sees(ignored.id, "FAILURE")["exception"] == "ZeroDivisionError('division by zero')"
     assert flower.sees(napping.id, "STARTED")["args"] == "(30,)"
     napping.revoke(terminate=True)
     flower.sees(napping.id, "REVOKED")
