@@ -48,18 +48,18 @@ def _stop(problem: str) -> NoReturn:
     raise SystemExit(f"celeryconfig: {problem}")
 
 
-def _password(service: str) -> str | None:
+def password(service: str) -> str | None:
     """Return the password in SERVICE_PASSWORD, or in the file that SERVICE_PASSWORD_FILE names, or None."""
-    password, path = os.environ.get(f"{service}_PASSWORD"), os.environ.get(f"{service}_PASSWORD_FILE")
+    given, path = os.environ.get(f"{service}_PASSWORD"), os.environ.get(f"{service}_PASSWORD_FILE")
     if not path:
-        return password
-    if password:
+        return given
+    if given:
         _stop(f"{service}_PASSWORD and {service}_PASSWORD_FILE are both set: unset one of them.")
     try:
-        password = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        secret = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as exc:
         _stop(f"{service}_PASSWORD_FILE names {path}, which cannot be read: {getattr(exc, 'strerror', 'no UTF-8')}.")
-    return password or _stop(f"{service}_PASSWORD_FILE names {path}, which is empty.")
+    return secret or _stop(f"{service}_PASSWORD_FILE names {path}, which is empty.")
 
 
 def service_url(service: str) -> str:
@@ -79,10 +79,10 @@ def service_url(service: str) -> str:
             f"{service}_URL is malformed. It must look like {form}. Write @ : / % # ? ; in the password "
             f"as %40 %3A %2F %25 %23 %3F %3B, or give the password in {service}_PASSWORD."
         )
-    password = _password(service)
-    if password:
+    secret = password(service)
+    if secret:
         user, _, host = parts.netloc.rpartition("@")
-        parts = parts._replace(netloc=f"{user.partition(':')[0]}:{quote(password, safe='')}@{host}")
+        parts = parts._replace(netloc=f"{user.partition(':')[0]}:{quote(secret, safe='')}@{host}")
     return parts.geturl()
 
 

@@ -189,8 +189,9 @@ def where() -> object:
 def _places(task_id: str) -> tuple[witness.ResultKey | None, witness.ReplyQueue | None, str]:
     """Return the task's key in Redis, this thread's reply queue in RabbitMQ, and a word on Redis if it is down."""
     queue = witness.find_reply_queue(app.conf.broker_url, app.thread_oid)
+    name = f"{app.conf.result_backend_transport_options['global_keyprefix']}celery-task-meta-{task_id}"
     try:
-        return witness.find_result_key(service_url("REDIS"), task_id), queue, "no key with this task's id"
+        return witness.find_result_key(service_url("REDIS"), name), queue, "no key with this task's id"
     except witness.ServerError:
         return None, queue, "not running, and not needed"
 
@@ -292,10 +293,9 @@ def print_next_commands() -> None:
     same = "" if store == "redis" else f"RESULT_STORE={store} "
     if flower_port := os.environ.get("FLOWER_PORT"):  # set in docker-compose.yml
         once_more = f"{same}docker compose run --rm --no-deps producer python producer.py where"
-        console.print(f"  see the tasks in Flower         http://127.0.0.1:{flower_port}  (user demo, password demo)")
-        console.print(
-            f"  see the queues in RabbitMQ      http://127.0.0.1:{os.environ['RABBITMQ_PORT']}  (the same login)"
-        )
+        console.print(f"  see the tasks in Flower         http://127.0.0.1:{flower_port}  (user demo)")
+        console.print(f"  see the queues in RabbitMQ      http://127.0.0.1:{os.environ['RABBITMQ_PORT']}  (user demo)")
+        console.print("                                  (the passwords, too, are demo, or those in your .env)")
         console.print(f"  put the results into {other:8}   Ctrl-C, then: RESULT_STORE={other} docker compose up")
         console.print(f"  run a step once more            {once_more}")
         console.print("  remove everything               docker compose down --volumes")

@@ -120,14 +120,11 @@ def _reason(exc: BaseException) -> str:
     return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
 
 
-def find_result_key(url: str, task_id: str) -> ResultKey | None:
-    """Return the key of a task's result in Redis, whatever its prefix, or None. Raises ServerError."""
+def find_result_key(url: str, name: str) -> ResultKey | None:
+    """Return a key in Redis with the result in it, or None. Raises ServerError."""
     with redis_client(url) as client:
-        for name in client.scan_iter(match=f"*celery-task-meta-{task_id}", count=1000):
-            content = client.get(name)
-            if content is not None:
-                return ResultKey(name, int(client.ttl(name)), json.loads(content))
-    return None
+        content = client.get(name)
+        return None if content is None else ResultKey(name, int(client.ttl(name)), json.loads(content))
 
 
 def find_reply_queue(url: str, name: str) -> ReplyQueue | None:

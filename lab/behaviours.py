@@ -21,7 +21,7 @@ import witness
 from celeryconfig import service_url
 from lab.client import PATIENCE, TIMEOUT, read, seen
 from lab.compare_tasks import EXPIRES, add_by_another, add_short_lived, document, order
-from lab.servers import run, wait_until
+from lab.servers import as_admin, run, wait_until
 from tasks import add, app, count_words, fetch_price, import_rows, log_visit, nap, total
 
 MANY = 2_000
@@ -321,7 +321,7 @@ def poll(result: Any) -> str:
 def stored_results() -> int:
     """Return how many results the witness sees: keys in Redis, or messages on this thread's reply queue."""
     if os.environ["RESULT_STORE"] == "redis":
-        with witness.redis_client(service_url("REDIS")) as client:
+        with witness.redis_client(as_admin(service_url("REDIS"))) as client:
             return sum(1 for _ in client.scan_iter("*celery-task-meta-*", count=1000))
     queue = witness.find_reply_queue(app.conf.broker_url, app.thread_oid)
     return queue.messages if queue else 0

@@ -23,7 +23,7 @@ import redis
 
 from lab.behaviours import BEHAVIOURS, in_thread
 from lab.client import TIMEOUT, describe
-from lab.servers import ROOT, OwnServers, Worker, own_servers
+from lab.servers import ROOT, OwnServers, Worker, as_admin, own_servers
 
 STORES = ("redis", "rabbitmq")
 RUN_TIMEOUT = 120.0  # seconds for everything that the clients observe
@@ -98,7 +98,7 @@ def output_of(client: subprocess.Popen[str], deadline: float) -> list[str]:
 
 def versions(own: OwnServers) -> str:
     """Return the versions of Celery and of both servers, as these report them."""
-    with redis.Redis.from_url(own.redis_url, socket_timeout=10) as client:
+    with redis.Redis.from_url(as_admin(own.redis_url), socket_timeout=10) as client:
         redis_version = client.info("server")["redis_version"]
     rabbitmq_version = own.rabbitmq.request("GET", "overview")["rabbitmq_version"]
     return f"Celery {celery.__version__}, RabbitMQ {rabbitmq_version}, Redis {redis_version}"

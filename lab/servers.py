@@ -38,16 +38,28 @@ def wait_until(condition: Callable[[], Any], what: str, timeout: float = 30.0, i
     return value
 
 
+def as_admin(url: str) -> str:
+    """Return a server's URL with the login of its administrator: the demo's own user has a user's rights alone.
+
+    docker-compose.yml sets ADMIN_PASSWORD_FILE; without it, the URL's own user is the administrator.
+    """
+    path = os.environ.get("ADMIN_PASSWORD_FILE")
+    if not path:
+        return url
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"admin:{Path(path).read_text().strip()}@{parts.netloc.rpartition('@')[2]}").geturl()
+
+
 class RabbitMQ:
-    """RabbitMQ's management API, with the user and password of the broker URL."""
+    """RabbitMQ's management API, as its administrator."""
 
     def __init__(self, broker_url: str) -> None:
-        self.broker = urlsplit(broker_url)
+        self.broker, self.admin = urlsplit(broker_url), urlsplit(as_admin(broker_url))
         self.api = os.environ.get("RABBITMQ_API") or f"http://{self.broker.hostname}:15672"
 
     def request(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
         """Send a request and return the answer. Raises OSError."""
-        user, password = unquote(self.broker.username or "guest"), unquote(self.broker.password or "guest")
+        user, password = unquote(self.admin.username or "guest"), unquote(self.admin.password or "guest")
         login = base64.b64encode(f"{user}:{password}".encode()).decode()
         request = urllib.request.Request(
             f"{self.api}/api/{path}",
@@ -60,7 +72,7 @@ class RabbitMQ:
         return json.loads(text) if text else None
 
     def create_vhost(self, name: str) -> str:
-        """Create a virtual host and return the URL of it."""
+        """Create a virtual host for the broker URL's user, and return its URL."""
         self.request("PUT", f"vhosts/{name}")
         everything = {"configure": ".*", "write": ".*", "read": ".*"}
         self.request("PUT", f"permissions/{name}/{quote(self.broker.username or 'guest')}", everything)
@@ -95,7 +107,7 @@ def free_redis_database(url: str) -> str:
     parts = urlsplit(url)
     for database in range(15, 0, -1):
         candidate = parts._replace(path=f"/{database}").geturl()
-        with redis.Redis.from_url(candidate, socket_timeout=10) as client:
+        with redis.Redis.from_url(as_admin(candidate), socket_timeout=10) as client:
             if client.dbsize() == 0 and client.set(TAKEN, "1", nx=True, ex=3600):
                 return candidate
     raise RuntimeError("every Redis database from 1 to 15 has keys in it")
@@ -131,7 +143,7 @@ def own_servers(store: str, purpose: str) -> Iterator[OwnServers]:
 
 
 def _flush(redis_url: str) -> None:
-    with redis.Redis.from_url(redis_url, socket_timeout=10) as client:
+    with redis.Redis.from_url(as_admin(redis_url), socket_timeout=10) as client:
         client.flushdb()
 
 

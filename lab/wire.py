@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import uuid
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -50,7 +51,10 @@ def server_url(service: str, default: str) -> str:
         well_formed = False
     if not well_formed:
         raise witness.ServerError(f"{service}_URL is malformed. It must look like {default}")
-    if password := os.environ.get(f"{service}_PASSWORD"):
+    password = os.environ.get(f"{service}_PASSWORD")
+    if path := os.environ.get(f"{service}_PASSWORD_FILE"):
+        password = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    if password:
         host = parts.netloc.rpartition("@")[2]
         parts = parts._replace(netloc=f"{parts.username or ''}:{quote(password, safe='')}@{host}")
     return parts.geturl()

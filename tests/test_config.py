@@ -136,7 +136,7 @@ def test_a_tasks_own_retry_delay_is_kept() -> None:
 
 def test_env_example_and_compose_agree() -> None:
     compose = (ROOT / "docker-compose.yml").read_text()
-    used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", compose))
+    used = dict(re.findall(r"(?<!\$)\$\{(\w+):-([^}]*)\}", compose))
     assert set(re.findall(r"(?<!\$)\$\{?(\w+)", compose)) == set(used), "a variable without a default"
     example = (ROOT / ".env.example").read_text()
     assert dict(re.findall(r"^(\w+)=(.*)$", example, re.MULTILINE)) == used

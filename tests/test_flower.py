@@ -20,7 +20,8 @@ import pytest
 from lab.servers import ROOT, wait_until
 from tests.conftest import Stack
 
-LOGIN = "demo:p@ss:word"
+PASSWORD = "p@ss:w,o%r#d x'\"$"
+LOGIN = f"demo:{PASSWORD}"
 
 
 def _compose_settings() -> dict[str, str]:
@@ -49,7 +50,8 @@ class Flower:
             **settings,
             "FLOWER_ADDRESS": "127.0.0.1",
             "FLOWER_PORT": str(self.port),
-            "FLOWER_BASIC_AUTH": LOGIN,
+            "FLOWER_PASSWORD": PASSWORD,
+            "PYTHONPATH": str(ROOT),
             "FLOWER_BROKER_API": stack.rabbitmq.api + urlsplit(settings["FLOWER_BROKER_API"]).path,
             "FLOWER_DB": str(folder / "flower.db"),
         }
@@ -58,7 +60,7 @@ class Flower:
     def start(self) -> None:
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "celery", "-A", "tasks", "-q", "flower"],
+                [sys.executable, "-m", "celery", "-A", "tasks", "-q", "flower", "--conf=worker/flowerconfig.py"],
                 cwd=ROOT,
                 env=self.env,
                 stdout=output,

@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""Look at the running stack as a stranger on this machine does: ports, logins, containers, logs and images.
+
+  .ci/closed.py default    docker compose up without .env
+  .ci/closed.py env        passwords that need escaping, from .env; then a changed one with the old volume
+  .ci/closed.py files      the same passwords, from files
+
+.ci/run sets the variables that give the stack a name and ports of its own.
+"""
+
+import base64
+import http.client
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+COMPOSE = ["docker", "compose"]
+TIMEOUT = 300.0  # seconds that a command may take
+PORTS = {"flower": os.environ.get("FLOWER_PORT", "5555"), "rabbitmq": os.environ.get("RABBITMQ_PORT", "15672")}
+SERVERS = ("rabbitmq", "redis")  # started as root by their images, which drop it
+# Every character that a URL, a shell, a JSON or a .env file could take for its own, and each password another.
+PASSWORDS = {name: f'{name}Begins p@ss:q/o%z#d,$y"z\\ ends{name}' for name in ("rabbitmq", "redis", "flower")}
+
+SCAN = """
+import json, socket, sys
+from concurrent.futures import ThreadPoolExecutor
+def is_open(target):
+    try:
+        socket.create_connection(target, timeout=2).close()
+    except OSError:
+        return False
+    return True
+targets = json.loads(sys.argv[1])
+print(json.dumps([target for target, found in zip(targets, ThreadPoolExecutor(64).map(is_open, targets)) if found]))
+"""
+
+
+def say(line: str) -> None:
+    """Print what has been looked at."""
+    print(f"   {line}", flush=True)
+
+
+def run(*command: str, code: int | None = 0) -> str:
+    """Run a command and return what it prints. Raises AssertionError when it ends with another exit code."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT, check=False)
+    output = done.stdout.decode(errors="replace")
+    assert code is None or done.returncode == code, f"{command} ended with {done.returncode}:\n{output}"
+    return output
+
+
+def compose(*arguments: str, code: int | None = 0) -> str:
+    """Run docker compose."""
+    return run(*COMPOSE, *arguments, code=code)
+
+
+def overlay(file: str) -> None:
+    """Use an overlay, beside the local one if there is any."""
+    files = [file for file in ("docker-compose.yml", "docker-compose.override.yml", file) if Path(file).exists()]
+    COMPOSE.extend(f"--file={file}" for file in files)
+
+
+def up() -> None:
+    """Start the demo and wait until its tour has ended as announced."""
+    compose("up", "--detach", "--build")
+    compose("wait", "producer")  # ends with the producer's exit code
+
+
+def containers() -> dict[str, Any]:
+    """Return what docker inspect says of each service's container."""
+    inspected = json.loads(run("docker", "inspect", *compose("ps", "--all", "--quiet").split()))
+    return {container["Config"]["Labels"]["com.docker.compose.service"]: container for container in inspected}
+
+
+def status(service: str, login: str) -> int:
+    """Return the HTTP status with which a published page answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(PORTS[service]), timeout=10)
+    path = {"flower": "/workers", "rabbitmq": "/api/whoami"}[service]
+    headers = {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if login else {}
+    try:
+        connection.request("GET", path, headers=headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+# --- What must hold however the passwords are given -------------------------------------------------------
+
+
+def check_ports(found: dict[str, Any]) -> None:
+    """Only two pages are published, on 127.0.0.1; from outside the stack's networks nothing can be reached."""
+    published = {
+        (service, port): {binding["HostIp"] for binding in bindings}
+        for service, container in found.items()
+        for port, bindings in container["NetworkSettings"]["Ports"].items()
+        if bindings
+    }
+    assert published == {("flower", "5555/tcp"): {"127.0.0.1"}, ("rabbitmq", "15672/tcp"): {"127.0.0.1"}}, published
+    addresses = [
+        network["IPAddress"]
+        for container in found.values()
+        for network in container["NetworkSettings"]["Networks"].values()
+        if network["IPAddress"]
+    ]
+    inside = (4369, 5555, 5671, 5672, 6379, 15671, 15672, 15692, 25672)
+    targets = json.dumps([(address, port) for address in addresses for port in inside])
+    assert len(json.loads(compose("exec", "-T", "worker", "python", "-c", SCAN, targets))) >= 4, "the scan is blind"
+    host = run("docker", "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}").strip()
+    targets = json.dumps([*json.loads(targets), *((host, port) for port in (*map(int, PORTS.values()), 5672, 6379))])
+    image = found["worker"]["Image"]
+    reached = json.loads(run("docker", "run", "--rm", "--network=bridge", image, "python", "-c", SCAN, targets))
+    assert reached == [], reached
+    say(f"ports: two pages on 127.0.0.1; {len(json.loads(targets))} others cannot be reached")
+
+
+def check_logins(right: dict[str, str]) -> None:
+    """Both pages ask for a login, and take the right one alone."""
+    for service, login in right.items():
+        wrong = ["", "guest:guest", "admin:admin", "demo:", "demo:wrong", ":"]
+        answers = {attempt: status(service, attempt) for attempt in (*wrong, login)}
+        assert answers == {**dict.fromkeys(wrong, 401), login: 200}, (service, answers)
+    say("logins: both pages refuse all but the right one")
+
+
+def check_containers(found: dict[str, Any]) -> None:
+    """Every container is read-only and limited, has no rights, and is not root."""
+    for service, container in found.items():
+        host = container["HostConfig"]
+        assert host["ReadonlyRootfs"], service
+        assert host["CapDrop"] == ["ALL"], service
+        assert "no-new-privileges:true" in host["SecurityOpt"], service
+        assert host["Memory"] > 0, service
+        assert host["PidsLimit"] > 0, service
+        assert not host["Privileged"], service
+        if service not in SERVERS:
+            assert container["Config"]["User"] not in ("", "0", "root"), service
+            assert not host["CapAdd"], service
+        if container["State"]["Running"]:
+            lines = compose("exec", "-T", service, "cat", "/proc/1/status").splitlines()
+            process = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            assert "0" not in process["Uid"].split(), service
+            assert int(process["CapEff"], 16) == int(process["CapPrm"], 16) == 0, service
+            assert process["NoNewPrivs"] == "1", service
+    networks = list(found["redis"]["NetworkSettings"]["Networks"].values())
+    assert len(networks) == 1, networks
+    assert json.loads(run("docker", "network", "inspect", networks[0]["NetworkID"]))[0]["Internal"]
+    say(f"containers: {', '.join(sorted(found))} are closed; Redis has no way out")
+
+
+def secrets() -> list[bytes]:
+    """Return parts of the passwords that stay the same in URLs, JSON, YAML, and how basic authentication sends them."""
+    parts = ["q/o%z", quote("q/o%z", safe="")]
+    for name, password in PASSWORDS.items():
+        parts += [f"{name}Begins", f"ends{name}", base64.b64encode(f"demo:{password}".encode()).decode()]
+    return [part.encode() for part in parts]
+
+
+def check_nothing_shows(found: dict[str, Any], *more: str) -> None:
+    """No log, no image layer, and none of the other texts has a password in it."""
+    image = found["worker"]["Image"]
+    stopped = run("docker", "create", image).strip()
+    try:
+        files = subprocess.run(
+            ["docker", "export", stopped], stdout=subprocess.PIPE, timeout=TIMEOUT, check=True
+        ).stdout
+    finally:
+        run("docker", "rm", stopped)
+    places = {
+        "logs": compose("logs", "--no-color").encode(),
+        "history": run("docker", "history", "--no-trunc", image).encode(),
+        "image": run("docker", "image", "inspect", image).encode(),
+        "files": files,
+        **{f"text {number}": text.encode() for number, text in enumerate(more, 1)},
+    }
+    assert b"demo:**@" in places["logs"], "the logs have no masked URL: were they read?"
+    assert b"result_backend" in files
+    shown = [(place, secret) for place, text in places.items() for secret in secrets() if secret in text]
+    assert not shown, shown
+    say(f"passwords: in none of {', '.join(places)}")
+
+
+# --- Ways to start it -------------------------------------------------------------------------------------
+
+
+def default() -> None:
+    """Without .env: the passwords are demo."""
+    up()
+    found = containers()
+    check_ports(found)
+    check_logins({"flower": "demo:demo", "rabbitmq": "demo:demo"})
+    check_containers(found)
+    redis_cli = "export REDISCLI_AUTH=$(cat /run/admin/password); redis-cli --user admin"
+    transaction = r"printf 'MULTI\nSET celery-demo:a 1\nSET celery-demo:b 2\nEXEC\n' > /tmp/transaction"
+    compose("exec", "-T", "redis", "sh", "-c", f"{transaction}; {redis_cli} < /tmp/transaction")
+    compose("restart", "--timeout", "5", "redis")
+    compose("up", "--detach", "--wait", "redis")
+    kept = compose("exec", "-T", "redis", "sh", "-c", f"{redis_cli} mget celery-demo:a celery-demo:b").split()
+    assert kept == ["1", "2"], kept
+    say("Redis: a transaction is still there after a restart")
+
+
+def env() -> None:
+    """With passwords in .env; then with another one for RabbitMQ, and its old volume."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, ".env")
+        file.write_text("".join(f"{name.upper()}_PASSWORD='{value}'\n" for name, value in PASSWORDS.items()))
+        COMPOSE.append(f"--env-file={file}")
+        up()
+        found = containers()
+        check_logins({service: f"demo:{PASSWORDS[service]}" for service in PORTS})
+        check_nothing_shows(found)
+        assert b"endsrabbitmq" in json.dumps(found).encode(), "the search is blind"
+        file.write_text(file.read_text().replace("'rabbitmq", "'changed"))
+        compose("up", "--detach")
+        compose("wait", "producer", code=1)
+        for service in ("producer", "worker"):
+            logs = compose("logs", "--no-color", service)
+            assert "A password changed after the first start is not taken over: docker compose down -v" in logs, logs
+            assert not [secret for secret in secrets() if secret in logs.encode()]
+        say("a changed password with the old volume: producer and worker say so")
+
+
+def files() -> None:
+    """With passwords in files, which neither docker compose config nor docker inspect shows."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, value in PASSWORDS.items():
+            Path(folder, f"{name}_password").write_text(value + "\n")
+        os.environ["SECRETS"] = folder
+        overlay("lab/docker-compose.secrets.yml")
+        up()
+        found = containers()
+        check_logins({service: f"demo:{PASSWORDS[service]}" for service in PORTS})
+        check_containers(found)
+        check_nothing_shows(found, compose("config"), json.dumps(found))
+
+
+if __name__ == "__main__":
+    way = {"default": default, "env": env, "files": files}[sys.argv[1]]
+    try:
+        way()
+    except AssertionError as exc:
+        sys.exit(f".ci/closed.py {sys.argv[1]}: {exc}")
