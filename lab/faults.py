@@ -64,8 +64,9 @@ class Stack:
         return self.compose("ps", "--all", "--quiet", service).split()[0]
 
     def redis(self, *command: str) -> str:
-        """Run a command in redis-cli. Raises Failed."""
-        return self.compose("exec", "-T", "redis", "redis-cli", *command)
+        """Run a command in redis-cli as admin. Raises Failed."""
+        login = 'REDISCLI_AUTH=$(cat /run/admin/password) exec redis-cli --user admin "$@"'
+        return self.compose("exec", "-T", "redis", "sh", "-c", login, "redis-cli", *command)
 
     def rabbitmqctl(self, *command: str) -> str:
         """Run a command in rabbitmqctl. Raises Failed."""

@@ -15,7 +15,7 @@ import pytest
 from redis import Redis
 
 import witness
-from lab.servers import ROOT, Worker, wait_until
+from lab.servers import ROOT, Worker, as_admin, wait_until
 from tests.conftest import Stack
 from tests.proxy import Proxy
 
@@ -94,7 +94,7 @@ def test_a_full_redis_loses_no_result(redis_stack: Stack) -> None:
     """Redis refuses to write (maxmemory) until there is room: the worker waits for it."""
     with (
         Worker(redis_stack.logs / "w.log", env=redis_stack.env) as worker,
-        Redis.from_url(redis_stack.redis_url, decode_responses=True) as redis,
+        Redis.from_url(as_admin(redis_stack.redis_url), decode_responses=True) as redis,
     ):
         tasks = redis_stack.load("tasks")
         assert tasks.add.delay(1, 1).get(timeout=30) == 2

@@ -19,7 +19,7 @@ from celery.exceptions import TimeoutError as ResultTimeout
 import witness
 from celeryconfig import service_url
 from lab.compare_tasks import EXPIRES
-from lab.servers import ROOT, TAKEN, Worker, run, wait_until
+from lab.servers import ROOT, TAKEN, Worker, as_admin, run, wait_until
 from tests.conftest import Stack
 
 SECTION = (ROOT / "README.md").read_text().split("### Troubleshooting by error text")[1].split("\n### ")[0]
@@ -187,7 +187,7 @@ def test_polling_while_many_results_wait(rabbitmq_stack: Stack) -> None:
 
 def test_a_worker_that_is_up_but_runs_nothing(redis_stack: Stack, tmp_path: Path) -> None:
     """Two tasks with a countdown on a classic queue fill a worker of two processes that reserves none."""
-    settings = {"broker_url": redis_stack.broker_url, "result_backend": redis_stack.redis_url}
+    settings = {"broker_url": redis_stack.broker_url, "result_backend": as_admin(redis_stack.redis_url)}
     _write_jobs(tmp_path, **settings, worker_prefetch_multiplier=1, task_acks_late=True)
     code = "from jobs import double; [double.apply_async((1,), countdown=300) for _ in range(2)]; "
     client = (sys.executable, "-c", code + "double.delay(2).get(timeout=3)")
@@ -218,7 +218,7 @@ def test_docker_stop_kills_the_worker_and_the_task_comes_back(stack: Stack) -> N
 
 def test_a_full_redis(redis_stack: Stack) -> None:
     """Redis is full between two commands of one packet: it takes no other client's command between them."""
-    url = service_url("REDIS")
+    url = as_admin(service_url("REDIS"))
     with redis.Redis.from_url(url, socket_timeout=10) as client:
         settings = client.config_get("maxmemory*")
     if settings["maxmemory-policy"] != "noeviction":
@@ -303,7 +303,8 @@ def test_pending_the_result_has_expired(stack: Stack, loaded: ModuleType) -> Non
 
         def stored() -> object:
             queue = witness.find_reply_queue(stack.broker_url, loaded.app.thread_oid)
-            return witness.find_result_key(stack.redis_url, result.id) or (queue and queue.messages)
+            key = witness.find_result_key(stack.redis_url, f"celery-demo:celery-task-meta-{result.id}")
+            return key or (queue and queue.messages)
 
         wait_until(lambda: not stored(), "expired")
         assert result.state == quoted("PENDING")
@@ -313,7 +314,7 @@ def test_pending_the_result_has_expired(stack: Stack, loaded: ModuleType) -> Non
     "difference",
     [
         "app.conf.result_backend = 'rpc://'",
-        "app.conf.result_backend = app.conf.result_backend.rpartition('/')[0] + '/0'",
+        "app.conf.result_backend = os.environ['REDIS_URL'].rpartition('/')[0] + '/0'",
         "app.conf.result_backend_transport_options = {'global_keyprefix': 'other:'}",
     ],
 )
@@ -322,7 +323,8 @@ def test_pending_worker_and_reader_use_different_stores(redis_stack: Stack, diff
     with Worker(redis_stack.logs / "w.log", env=redis_stack.env) as worker:
         result = tasks.add.delay(1, 2)
         wait_until(lambda: worker.says(f"{result.id}] succeeded in "), "the task ran")
-        code = f"from tasks import app; {difference}; print(app.AsyncResult('{result.id}').state)"
-        done = run(sys.executable, "-c", code, env=redis_stack.env)
+        code = f"import os; from tasks import app; {difference}; print(app.AsyncResult('{result.id}').state)"
+        # as admin: to the demo's user, Redis refuses keys with another prefix
+        done = run(sys.executable, "-c", code, env={**redis_stack.env, "REDIS_URL": as_admin(redis_stack.redis_url)})
         assert done.stdout == quoted("PENDING") + "\n", done.stderr
         assert result.get(timeout=5) == 3
