@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PROJECT = "celery-result-backends-faults"
 COMPOSE = ("docker", "compose", "-f", "docker-compose.yml", "-f", "lab/faults.yml")
 STORES = ("redis", "rabbitmq")
 TASKS = 1000
@@ -38,8 +37,8 @@ class Failed(Exception):
 class Stack:
     """The demo's services in a Compose project of their own."""
 
-    def __init__(self, store: str, **env: str) -> None:
-        self.store, self.project = store, f"{PROJECT}-{store}"
+    def __init__(self, store: str, purpose: str, **env: str) -> None:
+        self.store, self.project = store, f"celery-result-backends-{purpose}-{store}"
         own = {"COMPOSE_PROJECT_NAME": self.project, "RESULT_STORE": store, "FLOWER_PORT": "0", "RABBITMQ_PORT": "0"}
         self.env = {**os.environ, "COMPOSE_DISABLE_ENV_FILE": "1", **own, **env}
 
@@ -337,7 +336,7 @@ def main() -> int:
     failures = 0
     try:
         for store in [arguments.store] if arguments.store else STORES:
-            stack = Stack(store)
+            stack = Stack(store, "faults")
             print(f"Starting the servers, results in {store}.", file=sys.stderr, flush=True)
             with stack.cleared_away():
                 for fault in chosen:
