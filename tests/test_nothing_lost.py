@@ -12,6 +12,7 @@ from typing import Any
 
 import celery
 import pytest
+from amqp.channel import Channel
 from redis import Redis
 
 import witness
@@ -178,6 +179,42 @@ def test_a_new_thread_polls_although_an_ended_one_had_consumed(stack: Stack, loa
                 oids.append(client.submit(lambda: loaded.app.thread_oid).result())
                 client.submit(action).result()
     assert oids[0] == oids[1], "the second thread did not get the first one's identity, so this shows nothing"
+
+
+def test_the_reply_queue_is_declared_when_it_may_be_gone_and_not_with_each_call(
+    rabbitmq_stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery declares it with each call, which costs a round trip. Here: once a second, and on each connection."""
+    tasks = rabbitmq_stack.load("tasks")
+    declared: list[str] = []
+    declare = Channel.queue_declare
+
+    def count(channel: Any, queue: str, *args: Any, **options: Any) -> Any:
+        declared.append(queue)
+        return declare(channel, queue, *args, **options)
+
+    monkeypatch.setattr(Channel, "queue_declare", count)
+    started = time.monotonic()
+    results = [tasks.add.delay(number, 1) for number in range(200)]
+    seconds = time.monotonic() - started
+    reply_queue = tasks.app.thread_oid
+    assert 1 <= declared.count(reply_queue) <= seconds + 2
+    with Worker(rabbitmq_stack.logs / "w.log", env=rabbitmq_stack.env):
+        assert _fetch(results) == list(range(1, 201))
+
+        # Removed, as RabbitMQ does after result_expires, while this thread did nothing else than queue.
+        tasks.app.backend.result_consumer.stop()
+        tasks.app.backend.result_consumer.on_after_fork()
+        with tasks.app.connection_for_write() as connection:
+            connection.default_channel.queue_delete(reply_queue)
+        time.sleep(1.1)
+        assert tasks.add.delay(1, 1).get(timeout=10) == 2
+
+        # And on a new connection at once.
+        before = declared.count(reply_queue)
+        with tasks.app.connection_for_write() as connection:
+            assert tasks.add.apply_async((1, 1), connection=connection).get(timeout=30) == 2
+        assert declared.count(reply_queue) == before + 1
 
 
 def test_connections_of_worker_and_client_break(stack: Stack, loaded: ModuleType) -> None:
