@@ -291,11 +291,11 @@ def print_next_commands() -> None:
     store = os.environ.get("RESULT_STORE") or "redis"
     other = "redis" if store == "rabbitmq" else "rabbitmq"
     same = "" if store == "redis" else f"RESULT_STORE={store} "
-    if flower_port := os.environ.get("FLOWER_PORT"):  # set in docker-compose.yml
+    if flower := os.environ.get("FLOWER_PAGE"):  # set in docker-compose.yml
         once_more = f"{same}docker compose run --rm --no-deps producer python producer.py where"
-        console.print(f"  see the tasks in Flower         http://127.0.0.1:{flower_port}  (user demo)")
-        console.print(f"  see the queues in RabbitMQ      http://127.0.0.1:{os.environ['RABBITMQ_PORT']}  (user demo)")
-        console.print("                                  (the passwords, too, are demo, or those in your .env)")
+        console.print(f"  see the tasks in Flower         {flower}  (user demo)")
+        console.print(f"  see the queues in RabbitMQ      {os.environ['RABBITMQ_PAGE']}  (user demo)")
+        console.print("                                  (the passwords, too, are demo, unless you set others)")
         console.print(f"  put the results into {other:8}   Ctrl-C, then: RESULT_STORE={other} docker compose up")
         console.print(f"  run a step once more            {once_more}")
         console.print("  remove everything               docker compose down --volumes")

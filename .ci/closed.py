@@ -4,6 +4,7 @@
   .ci/closed.py default    docker compose up without .env
   .ci/closed.py env        passwords that need escaping, from .env; then a changed one with the old volume
   .ci/closed.py files      the same passwords, from files
+  .ci/closed.py tls        the same with TLS alone
 
 .ci/run sets the variables that give the stack a name and ports of its own.
 """
@@ -12,6 +13,8 @@ import base64
 import http.client
 import json
 import os
+import re
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -21,7 +24,7 @@ from urllib.parse import quote
 
 COMPOSE = ["docker", "compose"]
 TIMEOUT = 300.0  # seconds that a command may take
-PORTS = {"flower": os.environ.get("FLOWER_PORT", "5555"), "rabbitmq": os.environ.get("RABBITMQ_PORT", "15672")}
+PAGES = {"flower": os.environ.get("FLOWER_PORT", "5555"), "rabbitmq": os.environ.get("RABBITMQ_PORT", "15672")}
 SERVERS = ("rabbitmq", "redis")  # started as root by their images, which drop it
 # Every character that a URL, a shell, a JSON or a .env file could take for its own, and each password another.
 PASSWORDS = {name: f'{name}Begins p@ss:q/o%z#d,$y"z\\ ends{name}' for name in ("rabbitmq", "redis", "flower")}
@@ -58,10 +61,9 @@ def compose(*arguments: str, code: int | None = 0) -> str:
     return run(*COMPOSE, *arguments, code=code)
 
 
-def overlay(file: str) -> None:
-    """Use an overlay, beside the local one if there is any."""
-    files = [file for file in ("docker-compose.yml", "docker-compose.override.yml", file) if Path(file).exists()]
-    COMPOSE.extend(f"--file={file}" for file in files)
+def use(*files: str) -> None:
+    """Use these Compose files, as far as they are there."""
+    COMPOSE.extend(f"--file={file}" for file in files if Path(file).exists())
 
 
 def up() -> None:
@@ -76,9 +78,11 @@ def containers() -> dict[str, Any]:
     return {container["Config"]["Labels"]["com.docker.compose.service"]: container for container in inspected}
 
 
-def status(service: str, login: str) -> int:
-    """Return the HTTP status with which a published page answers."""
-    connection = http.client.HTTPConnection("127.0.0.1", int(PORTS[service]), timeout=10)
+def status(service: str, login: str, trust: ssl.SSLContext | None = None) -> int:
+    """Return the HTTP status with which a published page answers, over TLS if an authority is trusted."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(PAGES[service]), timeout=10)
+    if trust:
+        connection = http.client.HTTPSConnection("127.0.0.1", connection.port, timeout=10, context=trust)
     path = {"flower": "/workers", "rabbitmq": "/api/whoami"}[service]
     headers = {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if login else {}
     try:
@@ -110,18 +114,18 @@ def check_ports(found: dict[str, Any]) -> None:
     targets = json.dumps([(address, port) for address in addresses for port in inside])
     assert len(json.loads(compose("exec", "-T", "worker", "python", "-c", SCAN, targets))) >= 4, "the scan is blind"
     host = run("docker", "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}").strip()
-    targets = json.dumps([*json.loads(targets), *((host, port) for port in (*map(int, PORTS.values()), 5672, 6379))])
+    targets = json.dumps([*json.loads(targets), *((host, port) for port in (*map(int, PAGES.values()), 5672, 6379))])
     image = found["worker"]["Image"]
     reached = json.loads(run("docker", "run", "--rm", "--network=bridge", image, "python", "-c", SCAN, targets))
     assert reached == [], reached
     say(f"ports: two pages on 127.0.0.1; {len(json.loads(targets))} others cannot be reached")
 
 
-def check_logins(right: dict[str, str]) -> None:
+def check_logins(right: dict[str, str], trust: ssl.SSLContext | None = None) -> None:
     """Both pages ask for a login, and take the right one alone."""
     for service, login in right.items():
         wrong = ["", "guest:guest", "admin:admin", "demo:", "demo:wrong", ":"]
-        answers = {attempt: status(service, attempt) for attempt in (*wrong, login)}
+        answers = {attempt: status(service, attempt, trust) for attempt in (*wrong, login)}
         assert answers == {**dict.fromkeys(wrong, 401), login: 200}, (service, answers)
     say("logins: both pages refuse all but the right one")
 
@@ -211,7 +215,7 @@ def env() -> None:
         COMPOSE.append(f"--env-file={file}")
         up()
         found = containers()
-        check_logins({service: f"demo:{PASSWORDS[service]}" for service in PORTS})
+        check_logins({service: f"demo:{PASSWORDS[service]}" for service in PAGES})
         check_nothing_shows(found)
         assert b"endsrabbitmq" in json.dumps(found).encode(), "the search is blind"
         file.write_text(file.read_text().replace("'rabbitmq", "'changed"))
@@ -230,16 +234,62 @@ def files() -> None:
         for name, value in PASSWORDS.items():
             Path(folder, f"{name}_password").write_text(value + "\n")
         os.environ["SECRETS"] = folder
-        overlay("lab/docker-compose.secrets.yml")
+        use("docker-compose.yml", "lab/docker-compose.secrets.yml", "docker-compose.override.yml")
         up()
         found = containers()
-        check_logins({service: f"demo:{PASSWORDS[service]}" for service in PORTS})
+        check_logins({service: f"demo:{PASSWORDS[service]}" for service in PAGES})
         check_containers(found)
         check_nothing_shows(found, compose("config"), json.dumps(found))
 
 
+CONNECT = {
+    "broker": "import tasks; tasks.app.connection_for_write().connect(); print('connected')",
+    "result backend": "import tasks; tasks.app.backend.client.ping(); print('connected')",
+}
+REFUSED = {  # what is wrong, for whom, and what Celery says
+    "authority": ("SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt", CONNECT, "self-signed certificate"),
+    "broker's host name": ("RABBITMQ_URL=amqps://demo@{rabbitmq}:5671/demo", ["broker"], "Hostname mismatch"),
+    "broker in plain text": ("RABBITMQ_URL=amqp://demo@rabbitmq:5671/demo", ["broker"], "closed connection"),
+    "broker's old port": ("RABBITMQ_URL=amqp://demo@rabbitmq:5672/demo", ["broker"], "refused"),
+    "Redis's host name": ("REDIS_URL=rediss://demo@{redis}:6379/0", ["result backend"], "Hostname mismatch"),
+    "Redis in plain text": (
+        "REDIS_URL=redis://demo@redis:6379/0",
+        ["result backend"],
+        "Connection reset|closed by server",
+    ),
+}
+
+
+def tls() -> None:
+    """With TLS alone: the tour with both stores; every side's certificate is verified, and plain text refused."""
+    use("docker-compose.yml", "lab/docker-compose.tls.yml", "docker-compose.override.yml")
+    up()
+    found = containers()
+    check_ports(found)
+    check_containers(found)
+    trust = ssl.create_default_context(cadata=compose("exec", "-T", "flower", "cat", "/run/tls/ca.pem"))
+    check_logins({"flower": "demo:demo", "rabbitmq": "demo:demo"}, trust)
+    for service in PAGES:
+        for context, refusal in ((None, http.client.HTTPException), (ssl.create_default_context(), ssl.SSLError)):
+            try:
+                status(service, "demo:demo", context)
+            except (refusal, ConnectionResetError):
+                continue
+            raise AssertionError(f"{service} answers without TLS, or its certificate is not looked at")
+    names = {service: container["Name"].lstrip("/") for service, container in found.items()}
+    for what, (variable, clients, error) in {"nothing": ("A=1", CONNECT, "^connected"), **REFUSED}.items():
+        for client in clients:
+            command = ("-e", variable.format_map(names), "worker", "python", "-c", CONNECT[client])
+            said = compose("exec", "-T", *command, code=0 if what == "nothing" else 1)
+            assert re.search(error, said), (what, client, said)
+    say(f"certificates: refused are a wrong {', '.join(REFUSED)}")
+    os.environ["RESULT_STORE"] = "rabbitmq"
+    up()
+    say("the tour with the other store")
+
+
 if __name__ == "__main__":
-    way = {"default": default, "env": env, "files": files}[sys.argv[1]]
+    way = {"default": default, "env": env, "files": files, "tls": tls}[sys.argv[1]]
     try:
         way()
     except AssertionError as exc:

@@ -7,7 +7,7 @@ Environment:
   RESULT_STORE   redis (default) or rabbitmq: where the workers put the results
   RABBITMQ_URL   the broker, default amqp://guest:guest@localhost:5672/%2F
   REDIS_URL      the Redis result backend, default redis://localhost:6379/0
-  RABBITMQ_PASSWORD, REDIS_PASSWORD   the passwords, if the URLs have none
+  RABBITMQ_PASSWORD, REDIS_PASSWORD   the passwords, if the URLs have none; or with _FILE, files that they are in
 
 Examples:
   python -m lab.wire                  add 2 3
@@ -52,7 +52,7 @@ def server_url(service: str, default: str) -> str:
     if not well_formed:
         raise witness.ServerError(f"{service}_URL is malformed. It must look like {default}")
     password = os.environ.get(f"{service}_PASSWORD")
-    if path := os.environ.get(f"{service}_PASSWORD_FILE"):
+    if not password and (path := os.environ.get(f"{service}_PASSWORD_FILE")):
         password = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
     if password:
         host = parts.netloc.rpartition("@")[2]

@@ -36,8 +36,9 @@ def _in_project_folder() -> None:
     """Work from any folder, and without a password variable: the URLs carry them from here on."""
     os.chdir(ROOT)
     os.environ["RABBITMQ_URL"], os.environ["REDIS_URL"] = service_url("RABBITMQ"), service_url("REDIS")
-    for name in ("RABBITMQ_PASSWORD", "REDIS_PASSWORD"):
-        os.environ.pop(name, None)
+    for service in ("RABBITMQ", "REDIS"):
+        os.environ.pop(f"{service}_PASSWORD", None)
+        os.environ.pop(f"{service}_PASSWORD_FILE", None)
 
 
 @contextmanager

@@ -78,6 +78,18 @@ def test_delay_raises_when_a_server_is_down(variable: str, url: str, error: str,
     assert error in done.stderr
 
 
+def test_each_line_of_the_checklist_points_at_a_line_that_is_there() -> None:
+    checklist = README[README.index("## Before production") :].split("\n\n")[1]
+    rows = re.findall(r"^\| [A-Z].* \| \[`(.+?)`\]\(.+?\): (.*) \|$", checklist, re.MULTILINE)
+    assert len(rows) == 10
+    for file, rest in rows:
+        for part in rest.split(", and "):
+            line = re.match(r"`(.+?)`", part)
+            elsewhere = re.search(r"in `(.+?)`$", part)
+            assert line
+            assert line[1] in (ROOT / (elsewhere[1] if elsewhere else file)).read_text(), line[1]
+
+
 def test_every_link_to_a_file_leads_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / link).exists(), link

@@ -1,6 +1,6 @@
 """amqps:// and rediss:// URLs need no edit of celeryconfig.py, and the servers' certificates are verified.
 
-A proxy speaks TLS in front of the real RabbitMQ and Redis.
+A proxy speaks TLS in front of the real RabbitMQ and Redis. With TLS of their own, .ci/closed.py looks at them.
 """
 
 import sys
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import trustme
+from cryptography import x509
 
+from lab import certificates
 from lab.servers import Worker, run
 from tests.conftest import Stack
 from tests.proxy import Proxy
@@ -68,3 +70,30 @@ def test_what_is_not_verified_is_refused(
         assert done.returncode == 1
         assert len(done.stderr.splitlines()) == 1, done.stderr
         assert mq.accepted == redis.accepted == 0
+
+
+def test_certificates_are_made_once_and_again_before_they_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ca", "rabbitmq", "redis"):
+        (tmp_path / name).mkdir()
+    servers = ["rabbitmq", "redis"]
+    command = (sys.executable, "-m", "lab.certificates", str(tmp_path), *servers)
+
+    def content() -> dict[str, bytes]:
+        return {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.glob("*/*")}
+
+    assert run(*command, env={}).returncode == 0
+    first = content()
+    own = {f"{name}/{file}" for name in servers for file in ("ca.pem", "server.pem", "server.key")}
+    assert set(first) == {"ca/ca.pem", *own}
+    certificate = x509.load_pem_x509_certificate(first["redis/server.pem"])
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["redis", "localhost"]
+    assert run(*command, env={}).returncode == 0
+    assert content() == first
+    monkeypatch.setattr(certificates, "VALID", certificates.RENEW)
+    certificates.make(tmp_path, servers)
+    short_lived = content()
+    assert not certificates.are_good(tmp_path, servers)
+    assert run(*command, env={}).returncode == 0
+    assert certificates.are_good(tmp_path, servers)
+    assert not set(content().values()) & set(short_lived.values())

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -101,7 +101,9 @@ def test_a_password_beside_the_url(password: str, shared_stack: Stack) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"wire: RabbitMQ at {right.hostname}:{right.port} refuses the user")
     without = right._replace(netloc=right.netloc.replace(f":{right.password}@", "@")).geturl()
-    done = run(*WIRE, env={**shared_stack.env, "RABBITMQ_URL": without, "RABBITMQ_PASSWORD": right.password or ""})
+    done = run(
+        *WIRE, env={**shared_stack.env, "RABBITMQ_URL": without, "RABBITMQ_PASSWORD": unquote(right.password or "")}
+    )
     assert done.returncode == 0, done.stderr
 
 
