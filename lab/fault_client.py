@@ -71,8 +71,9 @@ def task(number: int, seconds: float = 0.0) -> Any:
 def jobs(batches: int) -> Iterator[tuple[Any, list[int]]]:
     """Yield batches of 50 tasks, single, in a group and in a chord, two of them slow, and the values to come back."""
     numbers = count()
-    for _ in range(batches):
-        for seconds in [0.0] * 36 + [1.0] * 2:
+    for batch in range(batches):
+        slow = 8.0 if batch == 2 else 1.0  # the long ones run when something breaks
+        for seconds in [0.0] * 36 + [slow] * 2:
             number = next(numbers)
             yield task(number, seconds), [number]
         six = [next(numbers) for _ in range(6)]
