@@ -18,8 +18,9 @@ import re
 import ssl
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 from urllib.parse import quote, urlsplit
 
 from celery import Task
@@ -188,7 +189,7 @@ worker_cancel_long_running_tasks_on_connection_loss = False
 # --- Results ----------------------------------------------------------------------------------------------
 
 # One key a task in Redis, or one message a result on the caller's own reply queue in RabbitMQ. Both classes are at the
-# end of this file; REDIS_URL or "rpc://" in their place goes back to Celery's own, and to their losses on a restart.
+# end of this file; service_url("REDIS") or "rpc://" in their place goes back to Celery's own, and to what these lose.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend
 result_backend = f"{__name__}:{'RedisBackend' if _store == 'redis' else 'ReplyQueueBackend'}"
 
@@ -215,8 +216,8 @@ result_backend_always_retry = True
 result_backend_max_sleep_between_retries_ms = 1000
 
 # Every key starts with this, so that several projects can share one Redis and one ACL rule names them all.
-# The retry policy lets delay() fail after 5 seconds when Redis cannot be reached, instead of 19. A full Redis
-# (maxmemory) is like one that is away: the worker waits until there is room, instead of losing the result.
+# The retry policy lets a client that queues a chord fail after 5 seconds when Redis cannot be reached, instead of 19.
+# A full Redis (maxmemory) is like one that is away: the worker waits until there is room, and no result is lost.
 # redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend-transport-options
 result_backend_transport_options = {
     "global_keyprefix": "celery-demo:",
@@ -246,23 +247,74 @@ for _name in ("RESULT_BACKEND", "CELERY_RESULT_BACKEND"):
 # --- The result backends ----------------------------------------------------------------------------------
 
 
-class RedisBackend(redis.RedisBackend):
-    """Celery's redis:// backend; worker and client each wait for a Redis that is away as they should.
+class KeyConsumer(redis.ResultConsumer):
+    """Waits for announcements of results, and goes on waiting after Redis was away.
 
-    Three things differ. A finished part of a chord is counted once Redis is back: Celery tries again to store
-    results only, and the chord would never end. A client asks once, so that get() keeps to its timeout instead
-    of trying for ever. And get() of a group does not sleep for half a second before it listens.
+    Celery's own gives up when it cannot connect for some seconds, and hears of nothing from then on. This one connects
+    anew whenever somebody waits for a result, and asks for all the results that it may have missed.
     """
+
+    def start(self, initial_task_id: str, **kwargs: Any) -> None:
+        """Connect, with one attempt, and subscribe. Raises what the connection raises."""
+        self.subscribed_to.add(self._get_key_for_task(initial_task_id))
+        try:
+            self._reconnect_pubsub()
+        except BaseException:
+            self._pubsub = None
+            raise
+
+    def _reconnect(self) -> None:
+        """Leave it to drain_events."""
+        self._pubsub = None
+
+    def on_wait_for_pending(self, result: Any, **kwargs: Any) -> None:
+        """Look whether the result is there already."""
+        with suppress(*self._connection_errors):
+            super().on_wait_for_pending(result, **kwargs)
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Handle one announcement, or return after timeout, in seconds."""
+        try:
+            if self._pubsub is None:
+                self._reconnect_pubsub()
+            super().drain_events(timeout)
+        except redis.redis.AuthenticationError:
+            raise
+        except self._connection_errors as exc:
+            self._pubsub = None
+            get_logger(__name__).warning("Redis is away (%s); results are waited for once it is back.", exc)
+            time.sleep(min(timeout or 1.0, 1.0))
+
+
+class RedisBackend(redis.RedisBackend):
+    """Celery's redis:// backend, for a Redis that may be away for a while.
+
+    The worker counts a finished part of a chord once Redis is back: Celery tries again to store results only, and the
+    chord would never end. The client waits as long as get() says, neither less nor more, and does not hoard
+    announcements. And get() of a group does not sleep for half a second before it listens.
+    """
+
+    ResultConsumer = KeyConsumer
 
     def __init__(self, *args: Any, url: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, url=url or service_url("REDIS"), **kwargs)
+        self._pending_messages.maxsize = 1  # announcements that nobody waits for; get() reads the key
 
-    def on_chord_part_return(self, *args: Any, **kwargs: Any) -> None:
-        """Count a part of a chord, in the worker. A part that was counted already does not count twice."""
-        self._ensure_retryable(super().on_chord_part_return, *args, **kwargs)
+    def on_chord_part_return(self, *args: Any, **kwargs: Any) -> Any:
+        """Count a part of a chord, in the worker; a part that was counted already does not count twice.
+
+        Whoever counts the last part has a claim to start the chord's end, for twice result_chord_join_timeout. If the
+        answer was lost, the claim must expire before the next attempt gets it.
+        """
+        while True:
+            try:
+                return super().on_chord_part_return(*args, **kwargs)
+            except self.connection_errors as exc:
+                get_logger(__name__).warning("Redis is away (%s); a part of a chord is counted once it is back.", exc)
+                time.sleep(2 * (self.app.conf.result_chord_join_timeout or 5.0) + 1)
 
     def get_task_meta(self, task_id: str, cache: bool = True) -> Any:
-        """Return a task's state and result. Raises redis.RedisError when Redis is away."""
+        """Return a task's state and result, with one attempt. Raises redis.RedisError when Redis is away."""
         return self._get_task_meta_for(task_id)
 
     def iter_native(self, result: Any, **kwargs: Any) -> Any:
@@ -335,7 +387,7 @@ class ReplyConsumer(rpc.ResultConsumer):
 
 
 class _UnreadResults(BufferMap):
-    """Results that arrived before their get(), each kept in the client for so many seconds, the oldest first."""
+    """Results that arrived before their get(). The next one to arrive removes those that are older than expires."""
 
     def __init__(self, expires: float | None) -> None:
         super().__init__(maxsize=None)
@@ -345,7 +397,7 @@ class _UnreadResults(BufferMap):
         super().put(task_id, meta)
         self[task_id].arrived = now = time.monotonic()
         while next(iter(self.values())).arrived < now - self.expires:
-            self.popitem(last=False)
+            self.total -= len(self.popitem(last=False)[1])
 
     def take(self, task_id: str, *default: Any) -> Any:
         meta = super().take(task_id, *default)
@@ -357,14 +409,16 @@ class _UnreadResults(BufferMap):
 class ReplyQueueBackend(rpc.RPCBackend):
     """Celery's rpc:// backend, with a reply queue that survives a restart of RabbitMQ and of its reader.
 
-    Five things differ. The queue is not auto-delete: it was deleted, results and all, when RabbitMQ stopped. The
-    client reconnects until it succeeds. A new thread does not share its queue with an ended one. A result that
+    Five things differ. The queue is not auto-delete: it was deleted, results and all, when RabbitMQ stopped. Worker
+    and client reconnect until they succeed. A new thread does not share its queue with an ended one. A result that
     arrives before its get() is kept for result_expires, where rpc:// keeps the last 8,192. And the queue is not
     declared again with each call, which takes rpc:// a round trip.
     The queue is removed when nobody has used it for result_expires: a result that takes longer needs Redis.
     """
 
     ResultConsumer = ReplyConsumer
+    # The worker tries once a second to send a result, for as long as RabbitMQ is away; rpc:// stops after 20 times.
+    retry_policy: ClassVar = {**rpc.RPCBackend.retry_policy, "max_retries": None}
     _declared: tuple[Any, float] = (None, 0.0)  # on which connection, and when
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -379,7 +433,8 @@ class ReplyQueueBackend(rpc.RPCBackend):
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Declare the reply queue, but only once a second on the same connection.
 
-        By then it may be gone, after result_expires or with RabbitMQ's data; declaring it also renews result_expires.
+        After a second it may be gone, with result_expires or RabbitMQ's data; declaring it also renews result_expires.
+        In a task Celery declares nothing, and so there is nothing to note.
         """
         connection, now = producer.channel.connection, time.monotonic()
         if self.app.current_worker_task or connection is not self._declared[0] or now - self._declared[1] > 1:

@@ -4,7 +4,7 @@ python -m lab.fault_client stream 1000     queue that many tasks, and fetch thei
 python -m lab.fault_client queue 1000      queue them, print their ids, and wait to be killed
 python -m lab.fault_client fetch           fetch the results of the ids that it reads
 python -m lab.fault_client burst 20000     queue them all, then fetch them all
-python -m lab.fault_client steady 12000    queue 20 a second, and never read each tenth result
+python -m lab.fault_client steady 12000    queue --rate of them a second, and never read each tenth result
 
 Each line of its output is a JSON object for lab/faults.py; the last one is the report.
 """
@@ -30,35 +30,33 @@ from lab.fault_tasks import add_up, app, poison, work
 GET_TIMEOUT = 5.0  # seconds that one get() may take
 PATIENCE = 60.0  # seconds without any result after which the rest counts as lost
 WINDOW = 100  # results that are waited for at the same time
-RATE = 20  # tasks a second
-AWAY = (OperationalError, RedisError, RuntimeError, OSError)  # what a server that is away makes Celery raise
+AWAY = (OperationalError, RedisError)  # RabbitMQ or Redis cannot be reached
 
-noticed: Counter[str] = Counter()
+noticed: Counter[str] = Counter()  # for the report
 
 
-def queue(signature: Any) -> Any:
-    """Queue a task, and try again until RabbitMQ has taken it.
+def queue(signature: Any, patience: float = PATIENCE) -> Any:
+    """Queue a task. While RabbitMQ is away, try again; raise what it raises after so many seconds.
 
-    After an error nobody knows whether the message has arrived. So the signature carries the task's id: if it runs
-    twice, both write the same result, and a task that does no harm the second time loses nothing.
+    After an error nobody knows whether the message has arrived. So the signature carries the task's id: if the task
+    runs twice, both write the same result, and one that does no harm the second time loses nothing.
     """
+    deadline = time.monotonic() + patience
     while True:
         try:
             return signature.apply_async()
         except AWAY as exc:
             noticed[f"{type(exc).__name__} in apply_async()"] += 1
+            if time.monotonic() > deadline:
+                raise
             time.sleep(1)
 
 
 def fetch(result: AsyncResult[Any]) -> Any:
-    """Return the task's value, or its exception. Raises TimeoutError when it is worth asking again."""
+    """Return the task's value, or its exception. Raises TimeoutError: it is late, or its server is away; ask again."""
     try:
         return result.get(timeout=GET_TIMEOUT, propagate=False)
-    except AWAY as exc:
-        noticed[f"{type(exc).__name__} in get()"] += 1
-        time.sleep(1)
-        raise ResultTimeout from exc
-    except ResultTimeout:  # it is late
+    except ResultTimeout:
         noticed["TimeoutError in get()"] += 1
         raise
 
@@ -80,7 +78,7 @@ def jobs(batches: int) -> Iterator[tuple[Any, list[int]]]:
         yield group(task(number) for number in six), six
         five = [next(numbers) for _ in range(5)]
         if isinstance(app.backend, BaseKeyValueStoreBackend):
-            yield chord([task(number) for number in five], add_up.s()), [*five, sum(five)]
+            yield chord([task(number) for number in five], add_up.s().set(task_id=uuid())), [*five, sum(five)]
         else:  # it cannot do chords
             yield group(task(number) for number in [*five, 0]), [*five, 0]
 
@@ -148,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["stream", "queue", "fetch", "burst", "steady"])
     parser.add_argument("tasks", type=int, nargs="?", default=0)
+    parser.add_argument("--rate", type=int, default=20, help="tasks a second, for steady")
     parser.add_argument("--poison", action="store_true", help="put a task among them that kills its process")
     arguments = parser.parse_args()
     fetcher = Fetcher()
@@ -169,16 +168,16 @@ def main() -> None:
     elif arguments.part == "burst":
         for number in range(arguments.tasks):
             fetcher.add([queue(task(number))], [number])
-        fetcher.last_news = time.monotonic()
         say(queued=arguments.tasks)
     else:
         started = time.monotonic()
         for number in range(arguments.tasks):
-            time.sleep(max(0.0, started + number / RATE - time.monotonic()))
+            time.sleep(max(0.0, started + number / arguments.rate - time.monotonic()))
             result = queue(task(number))
             if number % 10:
                 fetcher.add([result], [number])
-            fetcher.fetch_until(remaining=RATE)
+            fetcher.fetch_until(remaining=arguments.rate)
+    fetcher.last_news = time.monotonic()  # queueing may have taken long
     fetcher.fetch_until(remaining=0)
     fetcher.report()
     if arguments.part in ("burst", "steady"):

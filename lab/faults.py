@@ -1,7 +1,7 @@
 """Break one thing at a time while tasks run, and count what becomes of them.
 
 It runs on the host and needs nothing there but Docker and Python 3.11. It starts the demo's services in a Compose
-project of its own, beside a running demo, and removes it in the end. The whole takes about 20 minutes.
+project of its own, beside a running demo, and removes it in the end. The whole takes about half an hour.
 
 python3 -m lab.faults                               everything on both stores, then a table
 python3 -m lab.faults redis-killed worker-killed    these faults only; --help lists them
@@ -109,6 +109,7 @@ class Client:
         self.process.stdin.write(text)
         self.process.stdin.close()
         self.said: list[dict[str, Any]] = []
+        self.ended = False
         self.errors: list[str] = []
         self.changed = threading.Condition()
         for read in (self._read_output, self._read_errors):
@@ -117,8 +118,11 @@ class Client:
     def _read_output(self) -> None:
         for line in self.process.stdout or ():
             with self.changed:
-                self.said.append(json.loads(line))
+                self.said.append(json.loads(line) if line.startswith("{") else {"output": line})
                 self.changed.notify_all()
+        with self.changed:
+            self.ended = True
+            self.changed.notify_all()
 
     def _read_errors(self) -> None:
         self.errors.extend(self.process.stderr or ())
@@ -131,14 +135,21 @@ class Client:
                 for line in self.said:
                     if key in line and line[key] >= at_least:
                         return line
-                if self.process.poll() is not None or time.monotonic() > deadline:
+                if self.ended or time.monotonic() > deadline:
                     raise Failed(f"the client does not say {key!r}: {''.join(self.errors)[-1000:]}")
                 self.changed.wait(1)
 
     def kill(self) -> None:
         """Kill it with SIGKILL. Raises Failed."""
         self.stack.run("docker", "kill", self.name)
-        self.process.wait(TIMEOUT)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until it has ended. Raises Failed."""
+        try:
+            self.process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired as exc:
+            raise Failed(str(exc)) from None
 
 
 @dataclass(frozen=True)
@@ -255,7 +266,7 @@ class Row:
     fault: Fault
     accepted: int
     lost: int
-    wrong: int
+    wrong: list[str]
     twice: int
     longest_pause: float
     longest_get: float
@@ -287,7 +298,7 @@ def try_fault(stack: Stack, fault: Fault) -> Row:
         client.wait_for("fetched", at_least=100)
         fault.inject(stack, *fault.what)
     report = client.wait_for("accepted")
-    client.process.wait(TIMEOUT)
+    client.wait()
     if "--poison" in fault.client and "exited prematurely" not in client.wait_for("poison", "")["poison"]:
         raise Failed("the poison task did not end as a WorkerLostError")
     return Row(
@@ -295,7 +306,7 @@ def try_fault(stack: Stack, fault: Fault) -> Row:
         fault,
         report["accepted"],
         report["lost"],
-        len(report["wrong"]),
+        report["wrong"],
         sum(times > 1 for times in executions(stack, since).values()),
         report["longest_pause"],
         report["longest_get"],
@@ -313,12 +324,15 @@ def table(rows: list[Row]) -> str:
     for fault in FAULTS:
         for row in (row for row in rows if row.fault is fault):
             noticed = ", ".join(f"{times} x {what}" for what, times in row.noticed.items()) or "nothing"
-            lost = f"{row.lost}*" if (row.store, fault.name) in NOT_PROMISED else str(row.lost)
+            lost = f"{row.lost:,}\\*" if (row.store, fault.name) in NOT_PROMISED else f"{row.lost:,}"
+            fetched = row.accepted - row.lost - len(row.wrong)
             lines.append(
-                f"| {fault.text} | {row.store} | {row.accepted:,} | {row.accepted - row.lost - row.wrong:,} | {lost} "
+                f"| {fault.text} | {row.store} | {row.accepted:,} | {fetched:,} | {lost} "
                 f"| {row.twice} | {row.longest_pause:.0f} s | {row.longest_get:.0f} s | {noticed} |"
             )
-    lines += [f"\n\\* {store}, {fault}: {why}." for (store, fault), why in NOT_PROMISED.items()]
+    for row in rows:
+        if why := NOT_PROMISED.get((row.store, row.fault.name)):
+            lines.append(f"\n\\* {row.store}: {why}.")
     return "\n".join(lines)
 
 
@@ -344,15 +358,17 @@ def main() -> int:
                     print(f"  {fault.text} ...", end=" ", file=sys.stderr, flush=True)
                     try:
                         rows.append(row := try_fault(stack, fault))
-                        verdict = f"{row.lost} of {row.accepted:,} lost" + ("" if row.good else " - NOT GOOD")
+                        verdict = f"{row.lost} of {row.accepted:,} lost"
+                        if not row.good:
+                            verdict += f", NOT GOOD {row.wrong[:3]}"
                         failures += not row.good
                     except Failed as exc:
                         verdict, failures = f"FAILED: {exc}", failures + 1
                         stack.down()
                     print(f"{verdict} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
-    except Failed as exc:
-        print(f"faults: {exc}", file=sys.stderr)
-        return 1
+    except (Failed, KeyboardInterrupt) as exc:
+        print(f"\nfaults: {exc or 'interrupted'}", file=sys.stderr)
+        failures += 1
     print(table(rows))
     return 1 if failures else 0
 

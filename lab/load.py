@@ -14,7 +14,7 @@ import time
 
 from lab.faults import STORES, Client, Failed, Stack
 
-RATE = 20  # tasks a second: RATE in lab/fault_client.py
+RATE = 20  # tasks a second
 EXPIRES = 240  # seconds
 WORKERS = 2
 
@@ -47,7 +47,7 @@ def _megabytes(text: str) -> float:
     for unit, factor in units.items():
         if text.endswith(unit):
             return float(text.removesuffix(unit)) * factor / 1e6
-    raise ValueError(text)
+    raise Failed(f"docker stats shows {text!r} for a container")
 
 
 def run(stack: Stack, burst: int, minutes: int) -> None:
@@ -67,7 +67,7 @@ def run(stack: Stack, burst: int, minutes: int) -> None:
     time.sleep(EXPIRES)
     memory.row(f"{EXPIRES} s later, results have expired")
     tasks = minutes * 60 * RATE
-    client = Client(stack, "steady", str(tasks))
+    client = Client(stack, "steady", str(tasks), "--rate", str(RATE))
     for minute in range(1, minutes + 1):
         client.wait_for("fetched", at_least=minute * (60 * RATE * 9 // 10) - 150)
         memory.row(f"{RATE} tasks a second, minute {minute}", client)
@@ -95,8 +95,8 @@ def main() -> int:
             stack = Stack(store, "load", RESULT_EXPIRES=str(EXPIRES))
             with stack.cleared_away():
                 run(stack, arguments.burst, arguments.minutes)
-    except Failed as exc:
-        print(f"load: {exc}", file=sys.stderr)
+    except (Failed, KeyboardInterrupt) as exc:
+        print(f"\nload: {exc or 'interrupted'}", file=sys.stderr)
         return 1
     return 0
 

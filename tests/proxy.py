@@ -24,6 +24,8 @@ class Proxy:
         self.accepted = 0
         self.port = 0
         self.open: set[socket.socket] = set()
+        self.cut_at: tuple[bytes, str] | None = None
+        self.keep_answer = False
         self.restore()
 
     def url(self, host: str = "127.0.0.1") -> str:
@@ -38,6 +40,10 @@ class Proxy:
         self.listener.close()
         for end in list(self.open):
             self._end(end)
+
+    def cut_once(self, command: bytes, when: str) -> None:
+        """Cut everything off when a client sends this command: before the server gets it, or after it has answered."""
+        self.cut_at = (command, when)
 
     def restore(self) -> None:
         """Accept connections (again), on the same port."""
@@ -80,6 +86,14 @@ class Proxy:
     def _pipe(self, source: socket.socket, target: socket.socket) -> None:
         try:
             while data := source.recv(65536):
+                if self.cut_at and self.cut_at[0] in data:
+                    (_, when), self.cut_at = self.cut_at, None
+                    if when == "before":
+                        self.cut()
+                    self.keep_answer = when == "after"
+                elif self.keep_answer:
+                    self.keep_answer = False
+                    self.cut()
                 target.sendall(data)
         except OSError:
             pass

@@ -13,6 +13,7 @@ from typing import Any
 import celery
 import pytest
 from amqp.channel import Channel
+from celery.exceptions import TimeoutError as ResultTimeout
 from redis import Redis
 
 import witness
@@ -74,21 +75,71 @@ def test_a_client_waits_on_while_its_server_is_away(
 
 
 def test_a_worker_goes_on_when_redis_was_away(redis_stack: Stack) -> None:
-    """Results that are ready while Redis is down are written when it is back; so is a chord's count of its parts."""
+    """Results that are ready while Redis is down are written when it is back; without always_retry they are lost."""
     with Proxy(redis_stack.redis_url) as redis:
         away = replace(redis_stack, redis_url=redis.url())
         with Worker(redis_stack.logs / "w.log", env=away.env) as worker:
             tasks = redis_stack.load("tasks")
-            results = [tasks.nap.delay(1) for _ in range(2)]
-            chords = [celery.chord([tasks.nap.s(n) for n in (0.1, 0.2, 0.3)])(tasks.total.s()) for _ in range(3)]
-            results += [tasks.nap.delay(1) for _ in range(4)]
+            results = [tasks.nap.delay(1) for _ in range(6)]
             wait_until(lambda: worker.says(" succeeded in "), "a first result")
             redis.cut()
             wait_until(lambda: worker.says("Retrying"), "the worker noticed")
             time.sleep(8)  # longer than redis-py itself tries
             redis.restore()
             assert _fetch(results) == [1] * 6
-            assert _fetch(chords) == [pytest.approx(0.6)] * 3
+
+
+def test_a_worker_goes_on_when_rabbitmq_was_away(rabbitmq_stack: Stack) -> None:
+    """A result that is ready while RabbitMQ is down is sent when it is back; Celery's rpc:// tries for 20 seconds."""
+    with (
+        Proxy(rabbitmq_stack.broker_url) as mq,
+        Worker(rabbitmq_stack.logs / "w.log", env=replace(rabbitmq_stack, broker_url=mq.url()).env) as worker,
+    ):
+        tasks = rabbitmq_stack.load("tasks")
+        assert tasks.add.delay(1, 1).get(timeout=30) == 2
+        result = tasks.nap.delay(2)
+        wait_until(lambda: worker.says(result.id), "task received")
+        mq.cut()
+        time.sleep(26)
+        mq.restore()
+        assert result.get(timeout=60) == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_chord_ends_although_redis_went_away_while_its_last_part_was_counted(redis_stack: Stack, when: str) -> None:
+    """Before Redis counts it, or after it did and before the worker knows: Celery does not try again."""
+    with (
+        Proxy(redis_stack.redis_url) as redis,
+        Worker(redis_stack.logs / "w.log", env=replace(redis_stack, redis_url=redis.url()).env) as worker,
+    ):
+        tasks = redis_stack.load("tasks")
+        assert celery.chord([tasks.add.s(1, 1), tasks.add.s(2, 2)])(tasks.total.s()).get(timeout=30) == 6
+        parts = [tasks.add.s(1, 1), tasks.nap.s(2)]
+        result: Any = celery.chord(parts)(tasks.total.s())
+        first, last = result.parent.results
+        wait_until(lambda: (first.state, last.state) == ("SUCCESS", "STARTED"), "the last part runs")
+        redis.cut_once(b"EVALSHA", when)
+        wait_until(lambda: worker.says("Redis is away"), "the worker noticed")
+        redis.restore()
+        assert result.get(timeout=60) == 4
+
+
+@pytest.mark.parametrize("seconds", [0.0, 8.0])
+def test_one_get_waits_through_an_absence_of_redis(redis_stack: Stack, seconds: float) -> None:
+    """The client, but not the worker, loses Redis; meanwhile the result comes. Celery's own consumer stays deaf."""
+    with (
+        Proxy(redis_stack.redis_url) as redis,
+        Worker(redis_stack.logs / "w.log", env=redis_stack.env),
+        ThreadPoolExecutor(1) as client,
+    ):
+        tasks = replace(redis_stack, redis_url=redis.url()).load("tasks")
+        in_one_call = client.submit(lambda: tasks.nap.delay(2).get(timeout=60))
+        wait_until(lambda: redis.open, "connected")
+        wait_until(lambda: tasks.app.backend.client.ping(), "and subscribed")
+        redis.cut()
+        time.sleep(seconds)
+        redis.restore()
+        assert in_one_call.result(60) == 2
 
 
 def test_a_full_redis_loses_no_result(redis_stack: Stack) -> None:
@@ -109,7 +160,8 @@ def test_a_full_redis_loses_no_result(redis_stack: Stack) -> None:
         assert _fetch(results) == [1, 2, 3, 4]
 
 
-def test_get_keeps_to_its_timeout_while_the_server_is_away(stack: Stack) -> None:
+def test_get_times_out_while_its_server_is_away(stack: Stack) -> None:
+    """It raises the one error that a client expects, and the next get() fetches the result."""
     with (
         Proxy(stack.broker_url) as mq,
         Proxy(stack.redis_url) as redis,
@@ -119,27 +171,35 @@ def test_get_keeps_to_its_timeout_while_the_server_is_away(stack: Stack) -> None
         result = tasks.add.delay(1, 2)
         server = redis if stack.store == "redis" else mq
         server.cut()
-        started = time.monotonic()
-        with pytest.raises(Exception, match=r"The operation timed out\.|refused|Retry limit exceeded"):
+        with pytest.raises(ResultTimeout, match=r"The operation timed out\."):
             result.get(timeout=1)
-        assert time.monotonic() - started < 10
         server.restore()
         assert result.get(timeout=30) == 3
 
 
+def test_results_that_were_read_leave_the_client(stack: Stack, loaded: ModuleType) -> None:
+    with Worker(stack.logs / "w.log", env=stack.env) as worker:
+        results = [loaded.add.delay(number, 1) for number in range(50)]
+        wait_until(lambda: worker.log.read_text().count(" succeeded in ") == 50, "all done")
+        assert _fetch(results) == list(range(1, 51))
+        assert loaded.nap.delay(1).get(timeout=30) == 1  # it waits, and takes in what has arrived
+        assert len(loaded.app.backend._pending_messages) <= 1
+
+
 def test_results_that_nobody_reads_leave_the_client_when_they_expire(rabbitmq_stack: Stack) -> None:
     tasks = rabbitmq_stack.load("tasks")
-    tasks.app.conf.result_expires = 2
-    with Worker(rabbitmq_stack.logs / "w.log", env=rabbitmq_stack.env):
-        unread = [tasks.add.delay(number, 1) for number in range(20)]
-        assert tasks.add.delay(1, 1).get(timeout=30) == 2
-        in_memory = tasks.app.backend._pending_messages
-        wait_until(lambda: len(in_memory) == 20 or tasks.add.delay(1, 1).get(timeout=30) != 2, "all in the client")
-        assert unread[0].get(timeout=5) == 1
-        assert len(in_memory) == 19
-        time.sleep(2)  # they expire
+    unread = tasks.app.backend._pending_messages
+    with Worker(rabbitmq_stack.logs / "w.log", env=rabbitmq_stack.env) as worker:
+        for number in range(20):
+            tasks.add.delay(number, 1)
+        wait_until(lambda: worker.log.read_text().count(" succeeded in ") == 20, "all done")
+        assert tasks.nap.delay(1).get(timeout=30) == 1  # it waits, and takes in what has arrived
+        assert len(unread) == 20
+        unread.expires = 1.0
+        time.sleep(1)  # they expire
         tasks.add.delay(1, 1)
-        wait_until(lambda: tasks.add.delay(1, 1).get(timeout=30) and len(in_memory) <= 1, "only new ones")
+        assert tasks.nap.delay(1).get(timeout=30) == 1
+        assert len(unread) == 1
 
 
 def test_an_error_in_on_message_leaves_the_result_to_the_next_get(stack: Stack, loaded: ModuleType) -> None:

@@ -68,7 +68,7 @@ def test_the_readme_quotes_the_error_line(what: str, env: dict[str, str], redis_
     ("variable", "url", "error"),
     [
         ("RABBITMQ_URL", "amqp://127.0.0.1:1//", "OperationalError"),
-        ("REDIS_URL", "redis://127.0.0.1:1/0", "RuntimeError: \nRetry limit exceeded"),
+        ("REDIS_URL", "redis://127.0.0.1:1/0", "redis.exceptions.ConnectionError: Error 111"),
     ],
 )
 def test_delay_raises_when_a_server_is_down(variable: str, url: str, error: str, redis_stack: Stack) -> None:
