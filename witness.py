@@ -97,8 +97,10 @@ def redis_client(url: str) -> Iterator[redis.Redis]:
     try:
         client.ping()
         yield client
-    except (redis.AuthenticationError, redis.exceptions.NoPermissionError):
+    except redis.AuthenticationError:
         raise Refused(f"{where} refuses the user or the password. Check REDIS_URL and REDIS_PASSWORD.") from None
+    except redis.exceptions.NoPermissionError as exc:
+        raise Refused(f"{where} gives the user too few rights ({exc}). Check its key prefix and commands.") from None
     except (redis.ConnectionError, redis.TimeoutError) as exc:
         raise Unreachable(
             f"{where} cannot be reached ({_reason(exc)}). Is it running (docker compose up -d redis), "

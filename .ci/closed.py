@@ -133,25 +133,31 @@ def check_logins(right: dict[str, str], trust: ssl.SSLContext | None = None) -> 
 def check_containers(found: dict[str, Any]) -> None:
     """Every container is read-only and limited, has no rights, and is not root."""
     for service, container in found.items():
-        host = container["HostConfig"]
-        assert host["ReadonlyRootfs"], service
-        assert host["CapDrop"] == ["ALL"], service
-        assert "no-new-privileges:true" in host["SecurityOpt"], service
-        assert host["Memory"] > 0, service
-        assert host["PidsLimit"] > 0, service
-        assert not host["Privileged"], service
-        if service not in SERVERS:
-            assert container["Config"]["User"] not in ("", "0", "root"), service
-            assert not host["CapAdd"], service
+        host, user = container["HostConfig"], container["Config"]["User"]
+        closed = {
+            "read-only": host["ReadonlyRootfs"] and not host["Privileged"],
+            "without capabilities": host["CapDrop"] == ["ALL"] and (service in SERVERS or not host["CapAdd"]),
+            "without new privileges": "no-new-privileges:true" in (host["SecurityOpt"] or []),
+            "limited": host["Memory"] > 0 and host["PidsLimit"] > 0,
+            "not root": service in SERVERS or user not in ("", "0", "root"),
+        }
         if container["State"]["Running"]:
             lines = compose("exec", "-T", service, "cat", "/proc/1/status").splitlines()
             process = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-            assert "0" not in process["Uid"].split(), service
-            assert int(process["CapEff"], 16) == int(process["CapPrm"], 16) == 0, service
-            assert process["NoNewPrivs"] == "1", service
+            closed["a process without rights"] = (
+                "0" not in process["Uid"].split()
+                and int(process["CapEff"], 16) == int(process["CapPrm"], 16) == 0
+                and process["NoNewPrivs"] == "1"
+            )
+        assert all(closed.values()), (service, closed)
+    for service, setting in json.loads(compose("--profile=*", "config", "--format=json"))["services"].items():
+        wanted = {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"]}
+        assert {name: setting.get(name) for name in wanted} == wanted, service  # those that do not run, too
+        assert int(setting["mem_limit"]) > 0 < setting["pids_limit"], service
     networks = list(found["redis"]["NetworkSettings"]["Networks"].values())
     assert len(networks) == 1, networks
-    assert json.loads(run("docker", "network", "inspect", networks[0]["NetworkID"]))[0]["Internal"]
+    network = json.loads(run("docker", "network", "inspect", networks[0]["NetworkID"]))[0]
+    assert network["Internal"], f"the network {network['Name']} has a way out"
     say(f"containers: {', '.join(sorted(found))} are closed; Redis has no way out")
 
 

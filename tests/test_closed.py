@@ -63,6 +63,11 @@ def test_redis_refuses_what_a_result_backend_does_not_need(command: str, client:
         client.execute_command(*command.split())  # type: ignore[no-untyped-call]
 
 
+def test_the_witness_says_that_rights_are_missing() -> None:
+    with pytest.raises(witness.Refused, match="gives the user too few rights"):
+        witness.find_result_key(service_url("REDIS"), "elsewhere")
+
+
 def test_a_script_has_no_more_rights_than_its_caller(client: redis.Redis) -> None:
     script = client.register_script("return redis.call('GET', 'elsewhere')")
     with pytest.raises(redis.exceptions.ResponseError, match="permissions"):

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from lab.servers import ROOT, wait_until
+from lab.servers import ROOT, run, wait_until
 from tests.conftest import Stack
 
 PASSWORD = "p@ss:w,o%r#d x'\"$"
@@ -200,3 +200,12 @@ def test_it_only_reads(flower: Flower, tasks: ModuleType) -> None:
     for path in (f"/api/worker/shutdown/{name}", f"/api/worker/pool/grow/{name}", "/api/task/async-apply/tasks.add"):
         assert flower.request(path, method="POST") == (403, "Read only mode is enabled"), path
     assert tasks.add.delay(1, 1).get(timeout=30) == 2
+
+
+@pytest.mark.parametrize("password", ["", "pässword"])
+def test_a_password_that_flower_cannot_use_gets_one_line(password: str) -> None:
+    command = ("celery", "-A", "tasks", "-q", "flower", "--conf=worker/flowerconfig.py")
+    done = run(*command, env={"FLOWER_PASSWORD": password, "FLOWER_PASSWORD_FILE": "", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1
+    assert done.stderr.startswith("flowerconfig: FLOWER_PASSWORD is missing, or has a character that is not ASCII")
+    assert done.stderr.count("\n") == 1

@@ -229,6 +229,13 @@ def test_a_full_redis(redis_stack: Stack) -> None:
     assert answers[-3:] == ["+OK", f"-{quoted('OOM')}", "+OK"]
 
 
+def test_a_key_prefix_that_the_user_has_no_right_to(redis_stack: Stack, tmp_path: Path) -> None:
+    if as_admin(redis_stack.redis_url) == redis_stack.redis_url:
+        pytest.skip("this Redis has no user with few rights")
+    _write_jobs(tmp_path, broker_url=redis_stack.broker_url, result_backend=redis_stack.redis_url)
+    assert quoted("No permissions") in _output(CLIENT, tmp_path)
+
+
 def test_redis_without_a_password(redis_stack: Stack, tmp_path: Path) -> None:
     parts = urlsplit(redis_stack.redis_url)
     if not parts.password:
