@@ -13,11 +13,13 @@ Above each setting stands the reason for its value, then the result backend that
 (redis, rabbitmq or both) and its documentation. A value that cannot work stops the process with one line.
 """
 
+import logging
 import os
 import re
 import ssl
 import time
 import weakref
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -25,8 +27,8 @@ from urllib.parse import quote, urlsplit
 
 from celery import Task
 from celery.backends import redis, rpc
+from celery.result import result_from_tuple
 from celery.utils.collections import BufferMap
-from celery.utils.log import get_logger
 from kombu.exceptions import OperationalError
 
 _LOGIN_HOST_PORT = r"://([^:/?#;@]*(:[^:/?#;@]*)?@)?([^:/?#;@\[\]]+|\[[\da-fA-F:.]+\])(:\d+)?"
@@ -164,7 +166,7 @@ task_time_limit = 300
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#task-publish-retry-policy
 task_publish_retry_policy = {"max_retries": 20, "interval_start": 0, "interval_step": 0.2, "interval_max": 1}
 
-# JSON only: whoever can write to a queue could run code in a worker that accepts pickle.
+# JSON only: whoever can write to a queue could run code in a worker that accepts pickle, and in a client.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#accept-content
 accept_content = ["json"]
 task_serializer = "json"
@@ -246,6 +248,8 @@ for _name in ("RESULT_BACKEND", "CELERY_RESULT_BACKEND"):
 
 # --- The result backends ----------------------------------------------------------------------------------
 
+_logger = logging.getLogger(__name__)
+
 
 class KeyConsumer(redis.ResultConsumer):
     """Waits for announcements of results, and goes on waiting after Redis was away.
@@ -282,7 +286,7 @@ class KeyConsumer(redis.ResultConsumer):
             raise
         except self._connection_errors as exc:
             self._pubsub = None
-            get_logger(__name__).warning("Redis is away (%s); results are waited for once it is back.", exc)
+            _logger.warning("Redis is away (%s); results are waited for once it is back.", exc)
             time.sleep(min(timeout or 1.0, 1.0))
 
 
@@ -290,8 +294,8 @@ class RedisBackend(redis.RedisBackend):
     """Celery's redis:// backend, for a Redis that may be away for a while.
 
     The worker counts a finished part of a chord once Redis is back: Celery tries again to store results only, and the
-    chord would never end. The client waits as long as get() says, neither less nor more, and does not hoard
-    announcements. And get() of a group does not sleep for half a second before it listens.
+    chord would never end. The client waits about as long as get() says, and does not hoard announcements. And get() of
+    a group does not sleep for half a second before it listens.
     """
 
     ResultConsumer = KeyConsumer
@@ -310,7 +314,7 @@ class RedisBackend(redis.RedisBackend):
             try:
                 return super().on_chord_part_return(*args, **kwargs)
             except self.connection_errors as exc:
-                get_logger(__name__).warning("Redis is away (%s); a part of a chord is counted once it is back.", exc)
+                _logger.warning("Redis is away (%s); a part of a chord is counted once it is back.", exc)
                 time.sleep(2 * (self.app.conf.result_chord_join_timeout or 5.0) + 1)
 
     def get_task_meta(self, task_id: str, cache: bool = True) -> Any:
@@ -342,7 +346,11 @@ class ReplyConsumer(rpc.ResultConsumer):
         try:
             connection.ensure_connection(max_retries=0)
             consumer = self.Consumer(
-                connection.default_channel, [queue], callbacks=[self._on_reply], accept=self.accept
+                connection.default_channel,
+                [queue],
+                accept=self.accept,
+                on_message=self._on_reply,
+                on_decode_error=self._drop,
             )
             consumer.consume()
         except BaseException:
@@ -359,7 +367,26 @@ class ReplyConsumer(rpc.ResultConsumer):
         if self._consumer is None and (left_over := _consuming.pop(self.backend.oid, None)):
             left_over.collect()
 
-    def _on_reply(self, meta: dict[str, Any], message: Any) -> None:
+    def read(self, message: Any) -> dict[str, Any] | None:
+        """Return the result in a message. What is none, or not JSON, is dropped with one line in the log."""
+        try:
+            meta: dict[str, Any] = message.payload
+            self.backend.meta_from_decoded(dict(meta))
+            hash(meta["task_id"])
+            for child in meta.get("children") or ():
+                result_from_tuple(child, self.app)
+        except Exception as exc:
+            self._drop(message, exc)
+            return None
+        return meta
+
+    def _drop(self, message: Any, exc: Exception) -> None:
+        _logger.warning("Dropped a reply that is no result (%s: %.200s).", type(exc).__name__, exc)
+        message.reject()
+
+    def _on_reply(self, message: Any) -> None:
+        if (meta := self.read(message)) is None:
+            return
         try:
             self.on_state_change(meta, message)
         except BaseException:  # the caller's on_message raised: keep the result for the next get()
@@ -379,7 +406,7 @@ class ReplyConsumer(rpc.ResultConsumer):
         except TimeoutError:  # nothing came; Drainer asks again until get() has waited long enough
             raise
         except self._connection_errors as exc:
-            get_logger(__name__).warning("RabbitMQ is away (%s); results are waited for once it is back.", exc)
+            _logger.warning("RabbitMQ is away (%s); results are waited for once it is back.", exc)
             if self._connection is not None:
                 self._connection.collect()
             self._connection = self._consumer = None
@@ -440,6 +467,9 @@ class ReplyQueueBackend(rpc.RPCBackend):
         if self.app.current_worker_task or connection is not self._declared[0] or now - self._declared[1] > 1:
             super().on_task_call(producer, task_id)
             self._declared = (producer.channel.connection, now)
+
+    def _slurp_from_queue(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        return filter(self.result_consumer.read, super()._slurp_from_queue(*args, **kwargs))
 
     @property
     def binding(self) -> Any:

@@ -11,7 +11,8 @@ from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.log import get_task_logger
 
 # worker.health: wrong passwords end the worker with one line, and Compose can ask whether it consumes.
-app = Celery("tasks", include=["worker.health"])
+# worker.messages: a message that is no task is refused with one line; without it, some of them end the worker.
+app = Celery("tasks", include=["worker.health", "worker.messages"])
 app.config_from_object("celeryconfig")
 logger = get_task_logger(__name__)
 

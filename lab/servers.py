@@ -57,7 +57,7 @@ class RabbitMQ:
         self.broker, self.admin = urlsplit(broker_url), urlsplit(as_admin(broker_url))
         self.api = os.environ.get("RABBITMQ_API") or f"http://{self.broker.hostname}:15672"
 
-    def request(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """Send a request and return the answer. Raises OSError."""
         user, password = unquote(self.admin.username or "guest"), unquote(self.admin.password or "guest")
         login = base64.b64encode(f"{user}:{password}".encode()).decode()
