@@ -310,12 +310,12 @@ def test_sigterm_lets_running_tasks_finish(stack: Stack, loaded: ModuleType) -> 
 def test_a_soft_shutdown_puts_the_task_back(stack: Stack, loaded: ModuleType) -> None:
     """SIGQUIT, or SIGTERM with REMAP_SIGTERM=SIGQUIT: out after worker_soft_shutdown_timeout, the task unfinished."""
     with Worker(stack.logs / "first.log", env={**stack.env, "REMAP_SIGTERM": "SIGQUIT"}) as first:
-        result = loaded.nap.delay(14)
+        result = loaded.nap.delay(20)
         wait_until(lambda: first.says(result.id), "task received")
         first.stop()
         assert not first.says(" succeeded in ")
     with Worker(stack.logs / "second.log", env=stack.env):
-        assert result.get(timeout=60) == 14
+        assert result.get(timeout=60) == 20
 
 
 def test_a_killed_pool_process_costs_one_retry(stack: Stack, loaded: ModuleType) -> None:
