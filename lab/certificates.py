@@ -17,14 +17,16 @@ RENEW = timedelta(days=30)  # before they end
 
 
 def are_good(folder: Path, names: list[str]) -> bool:
-    """Tell whether every certificate is there and lasts."""
+    """Tell whether every certificate is there, of the authority that clients know, and lasts."""
     try:
+        authorities = {folder.joinpath(name, "ca.pem").read_bytes() for name in ["ca", *names]}
         certificates = [
             x509.load_pem_x509_certificate(folder.joinpath(name, "server.pem").read_bytes()) for name in names
         ]
     except FileNotFoundError:
         return False
-    return all(certificate.not_valid_after_utc - datetime.now(UTC) > RENEW for certificate in certificates)
+    lasting = all(certificate.not_valid_after_utc - datetime.now(UTC) > RENEW for certificate in certificates)
+    return lasting and len(authorities) == 1
 
 
 def make(folder: Path, names: list[str]) -> None:

@@ -53,7 +53,10 @@ def server_url(service: str, default: str) -> str:
         raise witness.ServerError(f"{service}_URL is malformed. It must look like {default}")
     password = os.environ.get(f"{service}_PASSWORD")
     if not password and (path := os.environ.get(f"{service}_PASSWORD_FILE")):
-        password = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        try:
+            password = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError):
+            raise witness.ServerError(f"{service}_PASSWORD_FILE names {path}, which cannot be read") from None
     if password:
         host = parts.netloc.rpartition("@")[2]
         parts = parts._replace(netloc=f"{parts.username or ''}:{quote(password, safe='')}@{host}")

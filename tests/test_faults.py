@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_client_fetches_all_that_it_queues(stack: Stack) -> None:
-    """Single tasks, a group and, where there are any, a chord; and a process that only knows the ids."""
+    """Single tasks, a group and, where there are any, a chord; and one that kills its process."""
     with Worker(stack.logs / "w.log", "--include", "lab.fault_tasks", env=stack.env):
         done = run(sys.executable, "-m", "lab.fault_client", "stream", "50", "--poison", env=stack.env)
         said = [json.loads(line) for line in done.stdout.splitlines()]
