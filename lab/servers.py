@@ -159,12 +159,14 @@ def run(
 class Worker:
     """A real worker process with a prefork pool, in a process group of its own."""
 
+    LEAN: tuple[str, ...] = ("--without-mingle", "--without-gossip")  # as in docker-compose.yml
+
     def __init__(self, log: Path, *options: str, env: dict[str, str], cwd: Path = ROOT, app: str = "tasks") -> None:
         self.log = log
         command = ["celery", "-A", app, "-q", "worker", "-l", "INFO", "-c", "2", *options]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [*command, "--without-mingle", "--without-gossip", "-n", f"{log.stem}@%h"],
+                [*command, *self.LEAN, "-n", f"{log.stem}@%h"],
                 cwd=cwd,
                 env={**os.environ, **env, "PYTHONUNBUFFERED": "1"},
                 stdout=output,

@@ -1,0 +1,143 @@
+"""The benchmark runs, its figures are whole, and README.md shows a table and a chart of one and the same run.
+
+How fast anything is, no test says: that differs between machines. What is sent for each task does not.
+"""
+
+import gc
+import json
+import re
+import sys
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from lab.benchmark import FLOORS, STORES, Sizes, multiples, price, readme_tables, tables
+from lab.benchmark_tasks import BULK, DEFAULT, OURS, PRICES
+from lab.servers import ROOT, Worker, as_admin, run
+from tests.conftest import Stack
+
+FIGURES = ROOT / "docs" / "benchmark.json"
+
+
+def _is_whole(figures: dict[str, Any]) -> None:
+    assert figures["complete"]
+    for store in STORES:
+        of_store = figures["figures"][store]
+        assert set(of_store) == {OURS, DEFAULT, BULK, *FLOORS[store], *(p for p in PRICES if store in PRICES[p].stores)}
+        for settings, quantities in of_store.items():
+            if settings != BULK:
+                assert quantities["price_trips_per_s" if settings in PRICES else "trips_per_s"]
+            for quantity, values in quantities.items():
+                assert values, f"{store}, {settings}: {quantity}"
+        for count in figures["sizes"]["workers"]:
+            assert of_store[OURS][f"waiting_{count}_per_s"][0] > 0
+    assert figures["machine"]["processors"] >= 1
+    assert {"Celery", "RabbitMQ", "Redis", "Python"} <= set(figures["versions"])
+
+
+@pytest.mark.timeout(300)
+def test_one_command_measures_everything() -> None:
+    done = run(sys.executable, "-m", "lab.benchmark", "--quick", "--json", env={}, timeout=280)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    _is_whole(figures)
+    assert tables(figures) == done.stderr.splitlines()[-len(tables(figures)) :]
+
+
+def test_the_readme_shows_the_tables_of_the_committed_figures() -> None:
+    figures = json.loads(FIGURES.read_text())
+    _is_whole(figures)
+    assert figures["sizes"] == json.loads(json.dumps(vars(Sizes()))), "a quick run, or an old one"
+    shown = re.search(r"<!-- benchmark -->\n(.*?)\n<!-- /benchmark -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown
+    assert shown[1].splitlines() == readme_tables(figures)
+
+
+def test_the_prices_in_celeryconfig_are_those_of_the_committed_figures() -> None:
+    figures = json.loads(FIGURES.read_text())
+    blocks = (ROOT / "celeryconfig.py").read_text().split("\n\n")
+    for name in PRICES:
+        setting = next(iter(PRICES[name].settings), None)
+        if setting and name != "neither confirmed nor quorum":
+            (block,) = [block for block in blocks if re.search(rf"^{setting} = ", block, re.MULTILINE)]
+            assert price(figures, name) in re.sub(r"\n# ", " ", block), setting
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_chart_is_drawn_from_the_committed_figures(theme: str) -> None:
+    figures = json.loads(FIGURES.read_text())
+    chart = (ROOT / "docs" / f"benchmark-{theme}.svg").read_text()
+    assert figures["date"][:10] in chart
+    for store in STORES:
+        assert f">{store}<" in chart
+        for settings in (DEFAULT, *PRICES):
+            if found := multiples(figures, store, settings):
+                assert f"> {median(found):.2f}<" in chart
+    for name in PRICES:
+        assert f">{name}<" in chart
+    assert f"benchmark-{theme}.svg" in (ROOT / "README.md").read_text()
+
+
+# --- What is sent for each task ---------------------------------------------------------------------------
+
+
+def _commands(redis_url: str, call: Any) -> list[str]:
+    """Return the Redis commands that arrive in a database while something is called, without those that connect."""
+    database = urlsplit(redis_url).path[1:]
+    with redis.Redis.from_url(as_admin(redis_url), socket_timeout=10) as client, client.monitor() as monitor:
+        call()
+        client.echo("enough")
+        seen = []
+        while (seen_one := monitor.next_command())["command"] != "ECHO enough":
+            if str(seen_one["db"]) == database:
+                seen.append(seen_one["command"].split()[0])
+        return [name for name in seen if name not in ("AUTH", "CLIENT", "HELLO", "SELECT")]
+
+
+def test_a_result_costs_few_redis_commands(redis_stack: Stack) -> None:
+    tasks = redis_stack.load("tasks")
+    with Worker(redis_stack.logs / "w.log", env=redis_stack.env):
+        tasks.add.delay(1, 1).get(timeout=30)
+        count = 20
+        seen = _commands(redis_stack.redis_url, lambda: [tasks.add.delay(n, 1).get(timeout=30) for n in range(count)])
+    # The worker looks whether there is a result, then writes and announces it in one transaction; the client listens,
+    # looks once whether it came earlier, and stops listening.
+    of_worker, of_client = ["MULTI", "SETEX", "PUBLISH", "EXEC"], ["SUBSCRIBE", "UNSUBSCRIBE"]
+    assert {name: seen.count(name) for name in set(seen)} == {
+        **dict.fromkeys(of_worker + of_client, count),
+        "GET": 2 * count,
+    }
+
+
+def test_get_of_a_group_does_not_sleep_before_it_listens(redis_stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery's own sleeps half a second, whatever has arrived meanwhile."""
+    tasks = redis_stack.load("tasks")
+    slept: list[float] = []
+    monkeypatch.setattr("celery.backends.base.time", SimpleNamespace(sleep=slept.append))
+    results = [tasks.nap.delay(0.5) for _ in range(2)]
+    group = tasks.app.GroupResult("a-group", results)
+    with Worker(redis_stack.logs / "w.log", env=redis_stack.env):
+        assert group.get(timeout=30) == [0.5, 0.5]
+    assert [seconds for seconds in slept if seconds] == []
+
+
+def test_a_client_does_not_grow_with_the_results_that_it_has_fetched(stack: Stack) -> None:
+    """Each batch is read when it is complete, so that each result comes twice: it is asked for, and announced."""
+    tasks = stack.load("tasks")
+
+    def objects_after(batches: int) -> int:
+        for _ in range(batches):
+            results = [tasks.add.delay(number, 1) for number in range(100)]
+            last = tasks.add.delay(1, 1)
+            assert last.get(timeout=60) == 2
+            assert [result.get(timeout=60) for result in results] == list(range(1, 101))
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    with Worker(stack.logs / "w.log", env=stack.env):
+        before = objects_after(3)
+        assert objects_after(5) - before < 5 * 100 * 3, "objects more for each result"
