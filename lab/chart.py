@@ -1,5 +1,6 @@
 """Draw what each setting costs, from the figures of lab/benchmark.py.
 
+  pip install -r requirements.txt
   pip install --group benchmark
   python -m lab.chart docs/benchmark.json
 
