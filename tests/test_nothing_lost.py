@@ -290,6 +290,26 @@ def test_connections_of_worker_and_client_break(stack: Stack, loaded: ModuleType
         assert _fetch(results) == [30] * 4 + list(range(1, 51))
 
 
+def test_connections_to_redis_are_killed(redis_stack: Stack) -> None:
+    """Those of the worker, and the client's two: one that asks, and one that hears announcements."""
+    with (
+        Worker(redis_stack.logs / "w.log", env=redis_stack.env) as worker,
+        Redis.from_url(as_admin(redis_stack.redis_url), decode_responses=True) as redis,
+    ):
+        tasks = redis_stack.load("tasks")
+        assert tasks.add.delay(1, 1).get(timeout=30) == 2
+        results = [tasks.import_rows.delay(20) for _ in range(4)] + [tasks.add.delay(1, n) for n in range(50)]
+        wait_until(lambda: worker.says(" received"), "task received")
+        own = redis.client_info()
+        killed = [
+            redis.client_kill_filter(_id=client["id"])
+            for client in redis.client_list()
+            if client["db"] == str(own["db"]) and client["id"] != str(own["id"])
+        ]
+        assert sum(killed) >= 3
+        assert _fetch(results) == [20] * 4 + list(range(1, 51))
+
+
 def test_a_worker_is_killed_and_another_one_finishes(stack: Stack, loaded: ModuleType) -> None:
     with Worker(stack.logs / "first.log", env=stack.env) as first:
         results = [loaded.import_rows.delay(2) for _ in range(10)]
