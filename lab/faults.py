@@ -206,11 +206,11 @@ def cut_off(stack: Stack, *networks: str) -> None:
 
 
 def kill_pool_processes(stack: Stack) -> None:
-    """Kill two processes of the worker's pool, as the kernel does when memory runs out."""
+    """Kill processes of the worker's pool in mid-task, as the kernel does when memory runs out."""
     kill_first_child = "import os; os.kill(int(open('/proc/1/task/1/children').read().split()[0]), 9)"
-    for _ in range(2):
+    for _ in range(4):
         stack.compose("exec", "-T", "worker", "python", "-c", kill_first_child)
-        time.sleep(1)
+        time.sleep(2)
 
 
 def lose_one_worker(stack: Stack) -> None:
@@ -235,7 +235,7 @@ def raise_memory_alarm(stack: Stack) -> None:
 
 FAULTS = [
     Fault("none", "nothing", nothing),
-    Fault("pool-killed", "two processes of the worker's pool killed", kill_pool_processes),
+    Fault("pool-killed", "four processes of the worker's pool killed", kill_pool_processes),
     Fault("poison", "a task kills its process each time", nothing, client=("stream", str(TASKS), "--poison")),
     Fault("worker-killed", "worker killed", killed, ("worker",)),
     Fault("worker-restarted", "worker stopped and started", restarted, ("worker",)),
