@@ -367,9 +367,10 @@ def main() -> int:
                         stack.down()
                     print(f"{verdict} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
     except (Failed, KeyboardInterrupt) as exc:
-        print(f"\nfaults: {exc or 'interrupted'}", file=sys.stderr)
+        print(f"\nfaults: {str(exc) or 'interrupted'}", file=sys.stderr)
         failures += 1
-    print(table(rows))
+    if rows:
+        print(table(rows))
     return 1 if failures else 0
 
 

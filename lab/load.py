@@ -96,7 +96,7 @@ def main() -> int:
             with stack.cleared_away():
                 run(stack, arguments.burst, arguments.minutes)
     except (Failed, KeyboardInterrupt) as exc:
-        print(f"\nload: {exc or 'interrupted'}", file=sys.stderr)
+        print(f"\nload: {str(exc) or 'interrupted'}", file=sys.stderr)
         return 1
     return 0
 
