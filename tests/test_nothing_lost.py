@@ -334,7 +334,7 @@ def test_a_soft_shutdown_puts_the_task_back(stack: Stack, loaded: ModuleType) ->
     """SIGQUIT, or SIGTERM with REMAP_SIGTERM=SIGQUIT: out after worker_soft_shutdown_timeout, the task unfinished."""
     with Worker(stack.logs / "first.log", env={**stack.env, "REMAP_SIGTERM": "SIGQUIT"}) as first:
         result = loaded.nap.delay(20)
-        wait_until(lambda: first.says(result.id), "task received")
+        wait_until(lambda: result.state == "STARTED", "the task runs")
         first.stop()
         assert not first.says(" succeeded in ")
     with Worker(stack.logs / "second.log", env=stack.env):
