@@ -78,7 +78,7 @@ if settings == DEFAULT:
     result_backend = os.environ["REDIS_URL"] if os.environ["RESULT_STORE"] == "redis" else "rpc://"
     app = Celery("benchmark", broker=os.environ["RABBITMQ_URL"], backend=result_backend)
 else:
-    app = Celery("benchmark", include=["worker.health"])  # as in tasks.py
+    app = Celery("benchmark", include=["worker.health", "worker.messages", "worker.events"])  # as in tasks.py
     app.config_from_object("celeryconfig")
     if settings != OURS:  # with a queue of its own: one queue cannot be of two types
         app.conf.update({**changed(settings), "task_default_queue": f"tasks, but {settings}"})

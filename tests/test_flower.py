@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from lab.servers import ROOT, run, wait_until
+import witness
+from lab.servers import ROOT, Worker, run, wait_until
 from tests.conftest import Stack
 
 PASSWORD = "p@ss:w,o%r#d x'\"$"
@@ -200,6 +202,26 @@ def test_it_only_reads(flower: Flower, tasks: ModuleType) -> None:
     for path in (f"/api/worker/shutdown/{name}", f"/api/worker/pool/grow/{name}", "/api/task/async-apply/tasks.add"):
         assert flower.request(path, method="POST") == (403, "Read only mode is enabled"), path
     assert tasks.add.delay(1, 1).get(timeout=30) == 2
+
+
+def test_the_worker_sends_its_events_together(redis_stack: Stack) -> None:
+    """By itself Celery sends three messages a task, and waits until RabbitMQ has confirmed each of them."""
+    tasks = redis_stack.load("tasks")
+    count, messages, events = 40, 0, Counter[str]()
+    with (
+        Worker(redis_stack.logs / "w.log", "--task-events", env=redis_stack.env) as worker,
+        witness.rabbitmq_channel(redis_stack.broker_url) as channel,
+    ):
+        channel.queue_declare("seen", exclusive=True)
+        channel.queue_bind("seen", "celeryev", "task.#")
+        results = [tasks.add.delay(number, 1) for number in range(count)]
+        assert [result.get(timeout=30) for result in results] == list(range(1, count + 1))
+        worker.stop()  # the last ones are sent then
+        while message := channel.basic_get("seen", auto_ack=True)[2]:
+            messages += 1
+            events.update(event["type"] for event in json.loads(message))
+    assert events == {"task-received": count, "task-started": count, "task-succeeded": count}
+    assert messages < count / 2
 
 
 @pytest.mark.parametrize("password", ["", "pässword"])
