@@ -263,33 +263,65 @@ _logger = logging.getLogger(__name__)
 class KeyConsumer(redis.ResultConsumer):
     """Waits for announcements of results, and goes on waiting after Redis was away.
 
-    Celery's own gives up when it cannot connect for some seconds, and hears of nothing from then on. This one connects
-    anew whenever somebody waits for a result, and asks for all the results that it may have missed.
+    Celery's own subscribes to each task when it is queued, so that delay() needs Redis, and announcements pile up in a
+    client that fetches results later. This one subscribes in get(), if the result is not there yet. And Celery's own
+    gives up when it cannot connect for some seconds, and hears of nothing from then on; this one connects anew.
     """
 
-    def start(self, initial_task_id: str, **kwargs: Any) -> None:
-        """Connect, with one attempt, and subscribe. Raises what the connection raises."""
-        self.subscribed_to.add(self._get_key_for_task(initial_task_id))
-        try:
-            self._reconnect_pubsub()
-        except BaseException:
-            self._pubsub = None
-            raise
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._noted: set[Any] = set()  # keys to subscribe to
+        self._pubsub: Any
 
-    def _reconnect(self) -> None:
-        """Leave it to drain_events."""
-        self._pubsub = None
+    def consume_from(self, task_id: str) -> None:
+        """Note a task whose result somebody wants."""
+        key = self._get_key_for_task(task_id)
+        self._pending_unsubscribe.discard(key)
+        if key not in self.subscribed_to:
+            self._noted.add(key)
+
+    def cancel_for(self, task_id: str) -> None:
+        """Forget a task whose result is there, or that nobody waits for any more."""
+        self._noted.discard(self._get_key_for_task(task_id))
+        super().cancel_for(task_id)
 
     def on_wait_for_pending(self, result: Any, **kwargs: Any) -> None:
         """Look whether the result is there already."""
         with suppress(*self._connection_errors):
             super().on_wait_for_pending(result, **kwargs)
 
+    def drain_events_until(self, *args: Any, **kwargs: Any) -> Any:
+        """Subscribe, in the thread or greenlet that waits, then wait. Raises TimeoutError."""
+        with suppress(*self._connection_errors):
+            self._subscribe()
+        return super().drain_events_until(*args, **kwargs)
+
+    def _subscribe(self) -> None:
+        """Subscribe to what is noted, and look for what came before that. After a lost connection, to everything."""
+        with self._locked():
+            noted, self._noted = self._noted, set()
+            self.subscribed_to |= noted
+            if self._pubsub is None:
+                noted = set(self.subscribed_to)
+                self._pubsub = self.backend.client.pubsub(ignore_subscribe_messages=True)
+            if noted:
+                try:
+                    self._pubsub.subscribe(*noted)
+                    found = self.backend.client.mget(noted)
+                except BaseException:
+                    self._pubsub = None
+                    raise
+                for meta in filter(None, found):
+                    self.on_state_change(self._decode_result(meta), None)
+
+    def _reconnect(self) -> None:
+        """Leave it to drain_events."""
+        self._pubsub = None
+
     def drain_events(self, timeout: float | None = None) -> None:
         """Handle one announcement, or return after timeout, in seconds."""
         try:
-            if self._pubsub is None:
-                self._reconnect_pubsub()
+            self._subscribe()
             super().drain_events(timeout)
         except redis.redis.AuthenticationError:
             raise
@@ -312,6 +344,9 @@ class RedisBackend(redis.RedisBackend):
     def __init__(self, *args: Any, url: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, url=url or service_url("REDIS"), **kwargs)
         self._pending_messages.maxsize = 1  # announcements that nobody waits for; get() reads the key
+
+    def on_task_call(self, producer: Any, task_id: str) -> None:
+        """Do nothing: get() subscribes."""
 
     def on_chord_part_return(self, *args: Any, **kwargs: Any) -> Any:
         """Count a part of a chord, in the worker; a part that was counted already does not count twice.

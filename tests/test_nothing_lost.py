@@ -142,6 +142,31 @@ def test_one_get_waits_through_an_absence_of_redis(redis_stack: Stack, seconds: 
         assert in_one_call.result(60) == 2
 
 
+def test_a_task_is_queued_while_redis_is_away(redis_stack: Stack) -> None:
+    """It needs RabbitMQ alone, and its result is fetched once Redis is back. With Celery's own, delay() fails."""
+    with Proxy(redis_stack.redis_url) as redis:
+        away = replace(redis_stack, redis_url=redis.url())
+        with Worker(redis_stack.logs / "w.log", env=away.env):
+            redis.cut()
+            tasks = away.load("tasks")
+            results = [tasks.add.delay(number, 1) for number in range(4)]
+            with pytest.raises(ResultTimeout):
+                results[0].get(timeout=1)
+            redis.restore()
+            assert _fetch(results) == [1, 2, 3, 4]
+
+
+def test_on_message_hears_where_a_task_is_that_runs_already(redis_stack: Stack) -> None:
+    """What was announced before get() is past: the state of that moment comes first, then each later one."""
+    tasks = redis_stack.load("tasks")
+    reports: list[dict[str, Any]] = []
+    with Worker(redis_stack.logs / "w.log", env=redis_stack.env):
+        result = tasks.nap.delay(1)
+        wait_until(lambda: result.state == "STARTED", "it runs")
+        assert result.get(timeout=30, on_message=reports.append) == 1
+    assert [report["status"] for report in reports] == ["STARTED", "SUCCESS"]
+
+
 def test_a_full_redis_loses_no_result(redis_stack: Stack) -> None:
     """Redis refuses to write (maxmemory) until there is room: the worker waits for it."""
     with (

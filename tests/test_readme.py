@@ -65,15 +65,29 @@ def test_the_readme_quotes_the_error_line(what: str, env: dict[str, str], redis_
 
 
 @pytest.mark.parametrize(
-    ("variable", "url", "error"),
+    ("call", "variable", "url", "error"),
     [
-        ("RABBITMQ_URL", "amqp://127.0.0.1:1//", "OperationalError"),
-        ("REDIS_URL", "redis://127.0.0.1:1/0", "redis.exceptions.ConnectionError: Error 111"),
+        ("tasks.add.delay(1, 2)", "RABBITMQ_URL", "amqp://127.0.0.1:1//", "kombu.exceptions.OperationalError"),
+        (
+            "tasks.add.delay(1, 2).get(timeout=1)",
+            "REDIS_URL",
+            "redis://127.0.0.1:1/0",
+            "celery.exceptions.TimeoutError",
+        ),
+        (
+            "celery.chord([tasks.add.s(1, 2)])(tasks.total.s())",
+            "REDIS_URL",
+            "redis://127.0.0.1:1/0",
+            "redis.exceptions.ConnectionError",
+        ),
     ],
 )
-def test_delay_raises_when_a_server_is_down(variable: str, url: str, error: str, redis_stack: Stack) -> None:
-    assert error.replace("\n", "").split(":")[0] in README
-    done = run(sys.executable, "-c", "import tasks; tasks.add.delay(1, 2)", env={**redis_stack.env, variable: url})
+def test_a_client_raises_when_a_server_is_down(
+    call: str, variable: str, url: str, error: str, redis_stack: Stack
+) -> None:
+    assert error in README
+    env = {**redis_stack.env, variable: url}
+    done = run(sys.executable, "-c", f"import celery, tasks; {call}", env=env)
     assert done.returncode == 1
     assert error in done.stderr
 
