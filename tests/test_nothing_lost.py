@@ -118,7 +118,7 @@ def test_a_chord_ends_although_redis_went_away_while_its_last_part_was_counted(r
         result: Any = celery.chord(parts)(tasks.total.s())
         first, last = result.parent.results
         wait_until(lambda: (first.state, last.state) == ("SUCCESS", "STARTED"), "the last part runs")
-        redis.cut_once(b"EVALSHA", when)
+        redis.cut_once(b".j\r\n", when)  # the key in which parts are counted
         wait_until(lambda: worker.says("Redis is away"), "the worker noticed")
         redis.restore()
         assert result.get(timeout=60) == 4

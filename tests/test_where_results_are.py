@@ -141,3 +141,26 @@ def test_no_early_result_is_dropped_however_many_there_are(tasks: ModuleType, sh
         assert first.get(timeout=30) == 3
 
     _in_new_thread(fetch_first_of_many)
+
+
+def test_a_success_in_redis_is_not_overwritten(redis_stack: Stack) -> None:
+    """As when a task runs twice, and fails the second time; any other state may follow another."""
+    tasks = redis_stack.load("tasks")
+    backend, result = tasks.app.backend, tasks.app.AsyncResult("ran-twice")
+    for state, stored in [("PROGRESS", "PROGRESS"), ("SUCCESS", "SUCCESS"), ("FAILURE", "SUCCESS")]:
+        backend.store_result(result.id, ValueError(state) if state == "FAILURE" else state, state)
+        assert result.state == stored
+    with redis.Redis.from_url(as_admin(redis_stack.redis_url), socket_timeout=10) as client:
+        client.script_flush()  # as after a restart of Redis
+    backend.store_result("another", 42, "SUCCESS")
+    assert tasks.app.AsyncResult("another").get(timeout=30) == 42
+
+
+@pytest.mark.parametrize("expires", [60, None])
+def test_a_result_in_redis_expires_when_result_expires_says(redis_stack: Stack, expires: int | None) -> None:
+    tasks = redis_stack.load("tasks")
+    tasks.app.conf.result_expires = expires
+    tasks.app.backend.store_result("an-id", 42, "SUCCESS")
+    key = witness.find_result_key(redis_stack.redis_url, "celery-demo:celery-task-meta-an-id")
+    assert key
+    assert 0 < key.ttl <= 60 if expires else key.ttl == -1
