@@ -29,14 +29,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import celery
 import pika
 import redis
 
 from lab.benchmark_tasks import BULK, DEFAULT, OURS, PRICES
-from lab.servers import ROOT, OwnServers, Worker, as_admin, own_servers, wait_until
+from lab.servers import ROOT, STORES, OwnServers, Worker, as_admin, markdown, own_servers, wait_until
 
-STORES = ("redis", "rabbitmq")
 FLOORS = {"redis": ("redis-py",), "rabbitmq": ("pika-quorum", "pika-classic")}
 LIMIT = 300  # seconds for everything
 RABBITMQ_SAMPLES = 5.0  # seconds between its statistics
@@ -196,7 +194,7 @@ def processor_time(subject: Subject) -> dict[str, float]:
 
     main = subject.workers[-1].process.pid
     pool = Path(f"/proc/{main}/task/{main}/children").read_text().split()
-    with redis.Redis.from_url(as_admin(subject.own.redis_url), socket_timeout=10) as client:
+    with subject.own.redis_admin() as client:
         cpu = client.info("cpu")
     times = {"client": of(subject.client.pid), "worker": of(main), "pool": sum(map(of, pool))}
     times["redis"] = cpu["used_cpu_user"] + cpu["used_cpu_sys"]
@@ -247,7 +245,7 @@ def count_results(own: OwnServers) -> int:
     """Return how many results are in the store."""
     if own.store == "rabbitmq":
         return sum(reply_queues(own).values())
-    with redis.Redis.from_url(as_admin(own.redis_url), socket_timeout=10) as client:
+    with own.redis_admin() as client:
         return int(client.dbsize())
 
 
@@ -259,7 +257,7 @@ def holds(own: OwnServers, results: int) -> bool:
 def memory_of(own: OwnServers, results: int) -> float:
     """Return the bytes that Redis uses, or the reply queues when they hold so many results."""
     if own.store == "redis":
-        with redis.Redis.from_url(as_admin(own.redis_url), socket_timeout=10) as client:
+        with own.redis_admin() as client:
             return float(client.info("memory")["used_memory"])
 
     def sampled() -> list[dict[str, Any]] | None:
@@ -358,8 +356,6 @@ def each_in_turn(
 
 def conditions(own: OwnServers) -> dict[str, Any]:
     """Return when, where and with what this was measured."""
-    with redis.Redis.from_url(as_admin(own.redis_url), socket_timeout=10) as client:
-        redis_version = client.info("server")["redis_version"]
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     return {
@@ -372,14 +368,12 @@ def conditions(own: OwnServers) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.release()}",
         },
         "versions": {
-            "Celery": celery.__version__,
+            **own.versions(),
             "kombu": version("kombu"),
             "amqp": version("amqp"),
             "redis-py": redis.__version__,
             "pika": pika.__version__,
             "Python": platform.python_version(),
-            "RabbitMQ": own.rabbitmq.request("GET", "overview")["rabbitmq_version"],
-            "Redis": redis_version,
         },
     }
 
@@ -431,14 +425,6 @@ def times(multiples: list[float]) -> str:
     if not multiples:
         return ""
     return f"{statistics.median(multiples):.2f} ({min(multiples):.2f} to {max(multiples):.2f})"
-
-
-def markdown(rows: list[list[str]]) -> list[str]:
-    """Return a Markdown table; the first row is its head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in rows]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return [f"| {line} |" for line in lines]
 
 
 def main_table(run: dict[str, Any], store: str) -> list[str]:

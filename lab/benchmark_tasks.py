@@ -26,25 +26,17 @@ class Price:
     worker_options: tuple[str, ...] = field(default=())
 
 
+NOT_CONFIRMED: dict[str, Any] = {"broker_transport_options": {}}
+CLASSIC = {
+    "task_default_queue_type": "classic",
+    "task_default_exchange_type": "direct",
+    "task_create_missing_queue_type": "classic",
+    "task_create_missing_queue_exchange_type": "direct",
+}
 PRICES = {
-    "publishing is not confirmed": Price({"broker_transport_options": {}}),
-    "classic queue, not quorum": Price(
-        {
-            "task_default_queue_type": "classic",
-            "task_default_exchange_type": "direct",
-            "task_create_missing_queue_type": "classic",
-            "task_create_missing_queue_exchange_type": "direct",
-        }
-    ),
-    "neither confirmed nor quorum": Price(
-        {
-            "broker_transport_options": {},
-            "task_default_queue_type": "classic",
-            "task_default_exchange_type": "direct",
-            "task_create_missing_queue_type": "classic",
-            "task_create_missing_queue_exchange_type": "direct",
-        }
-    ),
+    "publishing is not confirmed": Price(NOT_CONFIRMED),
+    "classic queue, not quorum": Price(CLASSIC),
+    "neither confirmed nor quorum": Price({**NOT_CONFIRMED, **CLASSIC}),
     "acknowledged before it runs": Price(
         {"task_acks_late": False, "task_reject_on_worker_lost": None, "task_retry_on_worker_lost": False}
     ),
@@ -69,14 +61,13 @@ PRICES = {
 def changed(settings: str) -> dict[str, Any]:
     """Return what differs from celeryconfig.py."""
     if settings == BULK:
-        return {**PRICES["neither confirmed nor quorum"].settings, "worker_prefetch_multiplier": 32}
+        return {**NOT_CONFIRMED, **CLASSIC, "worker_prefetch_multiplier": 32}
     return PRICES[settings].settings
 
 
 settings = os.environ.get("BENCHMARK_SETTINGS", OURS)
 if settings == DEFAULT:
-    result_backend = os.environ["REDIS_URL"] if os.environ["RESULT_STORE"] == "redis" else "rpc://"
-    app = Celery("benchmark", broker=os.environ["RABBITMQ_URL"], backend=result_backend)
+    app = Celery("benchmark", broker=os.environ["RABBITMQ_URL"], backend=STOCK)
 else:
     app = Celery("benchmark", include=["worker.health", "worker.messages", "worker.events"])  # as in tasks.py
     app.config_from_object("celeryconfig")

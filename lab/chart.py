@@ -16,8 +16,9 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from lab.benchmark import STORES, multiples
+from lab.benchmark import multiples
 from lab.benchmark_tasks import DEFAULT, PRICES
+from lab.servers import STORES
 
 STORE_COLOURS = ("#d9622b", "#3b82c4")  # to be told apart on white and on black, and by the colour-blind
 BARS = {DEFAULT: "Celery's defaults", **{name: name for name in PRICES}}

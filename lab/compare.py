@@ -18,14 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import celery
 import redis
 
 from lab.behaviours import BEHAVIOURS, in_thread
 from lab.client import TIMEOUT, describe
-from lab.servers import ROOT, OwnServers, Worker, as_admin, own_servers
+from lab.servers import ROOT, STORES, Worker, markdown, own_servers
 
-STORES = ("redis", "rabbitmq")
 RUN_TIMEOUT = 120.0  # seconds for everything that the clients observe
 
 
@@ -84,7 +82,8 @@ def observe_both() -> tuple[str, dict[str, dict[str, str]]]:
             cleanup.enter_context(killed_at_the_end(clients[own.store]))
         deadline = time.monotonic() + RUN_TIMEOUT
         lines = {store: output_of(client, deadline) for store, client in clients.items()}
-        return versions(stores[0]), {store: dict(map(json.loads, lines[store])) for store in STORES}
+        versions = ", ".join(f"{name} {version}" for name, version in stores[0].versions().items())
+        return versions, {store: dict(map(json.loads, lines[store])) for store in STORES}
 
 
 def output_of(client: subprocess.Popen[str], deadline: float) -> list[str]:
@@ -96,24 +95,13 @@ def output_of(client: subprocess.Popen[str], deadline: float) -> list[str]:
         return client.communicate(timeout=TIMEOUT)[0].splitlines()
 
 
-def versions(own: OwnServers) -> str:
-    """Return the versions of Celery and of both servers, as these report them."""
-    with redis.Redis.from_url(as_admin(own.redis_url), socket_timeout=10) as client:
-        redis_version = client.info("server")["redis_version"]
-    rabbitmq_version = own.rabbitmq.request("GET", "overview")["rabbitmq_version"]
-    return f"Celery {celery.__version__}, RabbitMQ {rabbitmq_version}, Redis {redis_version}"
-
-
 def table(seen_with: dict[str, dict[str, str]]) -> list[str]:
     """Return a Markdown table, a row for each behaviour."""
     rows = [["behaviour", *STORES]]
     for name, row in BEHAVIOURS.items():
         cells = [row.sentence, *(seen_with[store].get(name, "NOT OBSERVED") for store in STORES)]
         rows.append([cell.replace("|", r"\|") for cell in cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in rows]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return [f"| {line} |" for line in lines]
+    return markdown(rows)
 
 
 def reasons(seen_with: dict[str, dict[str, str]]) -> list[str]:

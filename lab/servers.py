@@ -20,11 +20,13 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+import celery
 import redis
 
 from celeryconfig import service_url
 
 ROOT = Path(__file__).parent.parent
+STORES = ("redis", "rabbitmq")
 TAKEN = "taken"  # the key that marks a Redis database as somebody's own
 
 
@@ -102,12 +104,16 @@ class RabbitMQ:
         return closed
 
 
+def _redis_admin(url: str) -> redis.Redis:
+    return redis.Redis.from_url(as_admin(url), decode_responses=True, socket_timeout=10)
+
+
 def free_redis_database(url: str) -> str:
     """Return the URL of an empty Redis database, marked as taken."""
     parts = urlsplit(url)
     for database in range(15, 0, -1):
         candidate = parts._replace(path=f"/{database}").geturl()
-        with redis.Redis.from_url(as_admin(candidate), socket_timeout=10) as client:
+        with _redis_admin(candidate) as client:
             if client.dbsize() == 0 and client.set(TAKEN, "1", nx=True, ex=3600):
                 return candidate
     raise RuntimeError("every Redis database from 1 to 15 has keys in it")
@@ -128,6 +134,17 @@ class OwnServers:
         """The environment in which workers and clients use them."""
         return {"RESULT_STORE": self.store, "RABBITMQ_URL": self.broker_url, "REDIS_URL": self.redis_url}
 
+    def redis_admin(self) -> redis.Redis:
+        """Return a client of the Redis database, as its administrator."""
+        return _redis_admin(self.redis_url)
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of Celery and of both servers, as these report them."""
+        with self.redis_admin() as client:
+            redis_version: str = client.info("server")["redis_version"]
+        rabbitmq_version: str = self.rabbitmq.request("GET", "overview")["rabbitmq_version"]
+        return {"Celery": celery.__version__, "RabbitMQ": rabbitmq_version, "Redis": redis_version}
+
 
 @contextmanager
 def own_servers(store: str, purpose: str) -> Iterator[OwnServers]:
@@ -143,8 +160,16 @@ def own_servers(store: str, purpose: str) -> Iterator[OwnServers]:
 
 
 def _flush(redis_url: str) -> None:
-    with redis.Redis.from_url(as_admin(redis_url), socket_timeout=10) as client:
+    with _redis_admin(redis_url) as client:
         client.flushdb()
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in rows]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return [f"| {line} |" for line in lines]
 
 
 def run(

@@ -14,11 +14,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import redis
 
-from lab.benchmark import FLOORS, STORES, Sizes, multiples, price, readme_tables, tables
+from lab.benchmark import FLOORS, Sizes, multiples, price, readme_tables, tables
 from lab.benchmark_tasks import BULK, DEFAULT, OURS, PRICES
-from lab.servers import ROOT, Worker, as_admin, run, wait_until
+from lab.servers import ROOT, STORES, Worker, run, wait_until
 from tests.conftest import Stack
 
 FIGURES = ROOT / "docs" / "benchmark.json"
@@ -86,10 +85,10 @@ def test_the_chart_is_drawn_from_the_committed_figures(theme: str) -> None:
 # --- What is sent for each task ---------------------------------------------------------------------------
 
 
-def _commands(redis_url: str, call: Any) -> list[str]:
+def _commands(stack: Stack, call: Any) -> list[str]:
     """Return the Redis commands that arrive in a database while something is called, without those that connect."""
-    database = urlsplit(redis_url).path[1:]
-    with redis.Redis.from_url(as_admin(redis_url), socket_timeout=10) as client, client.monitor() as monitor:
+    database = urlsplit(stack.redis_url).path[1:]
+    with stack.redis_admin() as client, client.monitor() as monitor:
         call()
         client.echo("enough")
         seen = []
@@ -104,12 +103,10 @@ def test_a_result_costs_few_redis_commands(redis_stack: Stack) -> None:
     with Worker(redis_stack.logs / "w.log", env=redis_stack.env) as worker:
         tasks.add.delay(1, 1).get(timeout=30)
         count = 5
-        waited_for = _commands(
-            redis_stack.redis_url, lambda: [tasks.nap.delay(0.2).get(timeout=30) for _ in range(count)]
-        )
+        waited_for = _commands(redis_stack, lambda: [tasks.nap.delay(0.2).get(timeout=30) for _ in range(count)])
         results = [tasks.add.delay(number, 1) for number in range(count)]
         wait_until(lambda: worker.log.read_text().count(" succeeded in ") == 1 + 2 * count, "all results are there")
-        fetched_later = _commands(redis_stack.redis_url, lambda: [result.get(timeout=30) for result in results])
+        fetched_later = _commands(redis_stack, lambda: [result.get(timeout=30) for result in results])
     # The worker writes and announces in one script, a nap twice, for it is STARTED first. The client looks, listens,
     # looks once more, and stops listening.
     of_worker, of_client = ["EVALSHA"] * 2, ["GET", "SUBSCRIBE", "MGET", "UNSUBSCRIBE"]

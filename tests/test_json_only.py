@@ -18,12 +18,11 @@ from typing import Any
 
 import pika
 import pytest
-import redis
 from celery.exceptions import NotRegistered
 from celery.exceptions import TimeoutError as ResultTimeout
 
 import witness
-from lab.servers import ROOT, Worker, as_admin, wait_until
+from lab.servers import ROOT, Worker, wait_until
 from tests.conftest import Stack
 
 REFUSED = "Refused a message that is no task of this app"
@@ -324,7 +323,7 @@ def test_what_is_no_result_is_refused_and_the_next_one_fetched(
 def put_into_redis(tasks: ModuleType, stack: Stack, no_result: bytes) -> None:
     """With Redis, it is the result of one task: whoever asks for it gets an error, in time."""
     key = "celery-demo:celery-task-meta-some-id"
-    with redis.Redis.from_url(as_admin(stack.redis_url)) as client:
+    with stack.redis_admin() as client:
         client.set(key, no_result, ex=60)
         assert raises(lambda: tasks.app.AsyncResult("some-id").state)
         assert raises(lambda: tasks.app.AsyncResult("some-id").get(timeout=2))

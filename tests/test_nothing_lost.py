@@ -14,10 +14,9 @@ import celery
 import pytest
 from amqp.channel import Channel
 from celery.exceptions import TimeoutError as ResultTimeout
-from redis import Redis
 
 import witness
-from lab.servers import ROOT, Worker, as_admin, wait_until
+from lab.servers import ROOT, Worker, wait_until
 from tests.conftest import Stack
 from tests.proxy import Proxy
 
@@ -169,10 +168,7 @@ def test_on_message_hears_where_a_task_is_that_runs_already(redis_stack: Stack) 
 
 def test_a_full_redis_loses_no_result(redis_stack: Stack) -> None:
     """Redis refuses to write (maxmemory) until there is room: the worker waits for it."""
-    with (
-        Worker(redis_stack.logs / "w.log", env=redis_stack.env) as worker,
-        Redis.from_url(as_admin(redis_stack.redis_url), decode_responses=True) as redis,
-    ):
+    with Worker(redis_stack.logs / "w.log", env=redis_stack.env) as worker, redis_stack.redis_admin() as redis:
         tasks = redis_stack.load("tasks")
         assert tasks.add.delay(1, 1).get(timeout=30) == 2
         limit = redis.config_get("maxmemory")["maxmemory"]
@@ -317,10 +313,7 @@ def test_connections_of_worker_and_client_break(stack: Stack, loaded: ModuleType
 
 def test_connections_to_redis_are_killed(redis_stack: Stack) -> None:
     """Those of the worker, and the client's two: one that asks, and one that hears announcements."""
-    with (
-        Worker(redis_stack.logs / "w.log", env=redis_stack.env) as worker,
-        Redis.from_url(as_admin(redis_stack.redis_url), decode_responses=True) as redis,
-    ):
+    with Worker(redis_stack.logs / "w.log", env=redis_stack.env) as worker, redis_stack.redis_admin() as redis:
         tasks = redis_stack.load("tasks")
         assert tasks.add.delay(1, 1).get(timeout=30) == 2
         results = [tasks.import_rows.delay(20) for _ in range(4)] + [tasks.add.delay(1, n) for n in range(50)]

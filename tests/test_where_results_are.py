@@ -7,12 +7,11 @@ from types import ModuleType
 
 import pika
 import pytest
-import redis
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult
 
 import witness
-from lab.servers import TAKEN, as_admin, wait_until
+from lab.servers import TAKEN, wait_until
 from tests.conftest import Stack
 
 
@@ -35,7 +34,7 @@ def _in_new_thread(action: Callable[[], None]) -> None:
 
 
 def _result_keys(stack: Stack) -> list[str]:
-    with redis.Redis.from_url(as_admin(stack.redis_url), decode_responses=True, socket_timeout=10) as client:
+    with stack.redis_admin() as client:
         return [key for key in client.scan_iter(count=1000) if key != TAKEN]
 
 
@@ -150,7 +149,7 @@ def test_a_success_in_redis_is_not_overwritten(redis_stack: Stack) -> None:
     for state, stored in [("PROGRESS", "PROGRESS"), ("SUCCESS", "SUCCESS"), ("FAILURE", "SUCCESS")]:
         backend.store_result(result.id, ValueError(state) if state == "FAILURE" else state, state)
         assert result.state == stored
-    with redis.Redis.from_url(as_admin(redis_stack.redis_url), socket_timeout=10) as client:
+    with redis_stack.redis_admin() as client:
         client.script_flush()  # as after a restart of Redis
     backend.store_result("another", 42, "SUCCESS")
     assert tasks.app.AsyncResult("another").get(timeout=30) == 42
