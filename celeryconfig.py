@@ -28,6 +28,7 @@ from urllib.parse import quote, urlsplit
 
 from celery import Task
 from celery.backends import redis, rpc
+from celery.backends.asynchronous import greenletDrainer
 from celery.result import result_from_tuple
 from celery.utils.collections import BufferMap
 from kombu.exceptions import OperationalError
@@ -265,8 +266,9 @@ class KeyConsumer(redis.ResultConsumer):
     """Waits for announcements of results, and goes on waiting after Redis was away.
 
     Celery's own subscribes to each task when it is queued, so that delay() needs Redis, and announcements pile up in a
-    client that fetches results later. This one subscribes in get(), if the result is not there yet. And Celery's own
-    gives up when it cannot connect for some seconds, and hears of nothing from then on; this one connects anew.
+    client that fetches results later. This one subscribes in get(), if the result is not there yet, so that on_message
+    hears nothing of what was before. And Celery's own gives up when it cannot connect for some seconds, and hears of
+    nothing from then on; this one connects anew.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -275,11 +277,12 @@ class KeyConsumer(redis.ResultConsumer):
         self._pubsub: Any
 
     def consume_from(self, task_id: str) -> None:
-        """Note a task whose result somebody wants."""
+        """Note a task whose result somebody wants, or a member of a group; the next get() that waits subscribes."""
         key = self._get_key_for_task(task_id)
-        self._pending_unsubscribe.discard(key)
-        if key not in self.subscribed_to:
-            self._noted.add(key)
+        with self._locked():
+            self._pending_unsubscribe.discard(key)
+            if key not in self.subscribed_to:
+                self._noted.add(key)
 
     def cancel_for(self, task_id: str) -> None:
         """Forget a task whose result is there, or that nobody waits for any more."""
@@ -292,29 +295,32 @@ class KeyConsumer(redis.ResultConsumer):
             super().on_wait_for_pending(result, **kwargs)
 
     def drain_events_until(self, *args: Any, **kwargs: Any) -> Any:
-        """Subscribe, in the thread or greenlet that waits, then wait. Raises TimeoutError."""
-        with suppress(*self._connection_errors):
-            self._subscribe()
+        """Wait for a result. A greenlet subscribes itself: the one that drains for all may be asleep for a second."""
+        if isinstance(self.drainer, greenletDrainer):
+            with suppress(*self._connection_errors):
+                self._subscribe()
         return super().drain_events_until(*args, **kwargs)
 
-    def _subscribe(self) -> None:
-        """Subscribe to what is noted, and look for what came before that. After a lost connection, to everything."""
+    def _subscribe(self) -> bool:
+        """Subscribe to what is noted, after a lost connection to everything. Tell whether a result came before that."""
         with self._locked():
             noted, self._noted = self._noted, set()
             self.subscribed_to |= noted
             if self._pubsub is None:
                 noted = set(self.subscribed_to)
                 self._pubsub = self.backend.client.pubsub()
-            if noted:
-                try:
-                    self._pubsub.subscribe(*noted)
-                    self._wait_until_subscribed(set(noted))
-                    found = self.backend.client.mget(noted)
-                except BaseException:
-                    self._pubsub = None
-                    raise
-                for meta in filter(None, found):
-                    self.on_state_change(self._decode_result(meta), None)
+            if not noted:
+                return False
+            try:
+                self._pubsub.subscribe(*noted)
+                self._wait_until_subscribed(set(noted))
+                found = list(filter(None, self.backend.client.mget(noted)))
+            except BaseException:
+                self._pubsub = None
+                raise
+            for meta in found:
+                self.on_state_change(self._decode_result(meta), None)
+            return bool(found)
 
     def _wait_until_subscribed(self, keys: set[Any]) -> None:
         """Wait until Redis confirms it. The look goes over another connection, and could overtake it otherwise."""
@@ -325,7 +331,7 @@ class KeyConsumer(redis.ResultConsumer):
             if message["type"] == "message":
                 self.on_state_change(self._decode_result(message["data"]), message)
             elif message["type"] == "subscribe":
-                keys.discard(message["channel"])
+                keys.discard(self.backend.key_t(message["channel"]))
 
     def _reconnect(self) -> None:
         """Leave it to drain_events."""
@@ -334,8 +340,8 @@ class KeyConsumer(redis.ResultConsumer):
     def drain_events(self, timeout: float | None = None) -> None:
         """Handle one announcement, or return after timeout, in seconds."""
         try:
-            self._subscribe()
-            super().drain_events(timeout)
+            if not self._subscribe():
+                super().drain_events(timeout)
         except redis.redis.AuthenticationError:
             raise
         except self._connection_errors as exc:
@@ -344,10 +350,10 @@ class KeyConsumer(redis.ResultConsumer):
             time.sleep(min(timeout or 1.0, 1.0))
 
 
-# A task that ran twice must not turn its success into a failure.
+# A task that ran twice must not turn its success into a failure. Only JSON is protected: see result_serializer.
 _STORE_SCRIPT = """
-local stored = redis.call("GET", KEYS[1])
-if stored and cjson.decode(stored).status == "SUCCESS" then return end
+local is_json, stored = pcall(cjson.decode, redis.call("GET", KEYS[1]) or "{}")
+if is_json and stored.status == "SUCCESS" then return end
 redis.call("SET", KEYS[1], unpack(ARGV))
 redis.call("PUBLISH", KEYS[1], ARGV[1])
 """

@@ -136,9 +136,13 @@ def test_a_client_does_not_grow_with_the_results_that_it_has_fetched(stack: Stac
             last = tasks.add.delay(1, 1)
             assert last.get(timeout=60) == 2
             assert [result.get(timeout=60) for result in results] == list(range(1, 101))
+            assert tasks.nap.delay(0.1).get(timeout=60) == 0.1
         gc.collect()
         return sys.getallocatedblocks()
 
     with Worker(stack.logs / "w.log", env=stack.env):
         before = objects_after(3)
         assert objects_after(5) - before < 5 * 100 * 3, "objects more for each result"
+    if stack.store == "redis":
+        consumer = tasks.app.backend.result_consumer
+        assert (consumer._noted, consumer.subscribed_to) == (set(), set())

@@ -19,15 +19,21 @@ class EventsTogether(bootsteps.StartStopStep):
     timer: Any = None
 
     def start(self, consumer: Any) -> None:
-        """Begin with each connection to RabbitMQ."""
+        """Begin with each connection to RabbitMQ. Celery buffers events if it has its event loop (prefork)."""
         dispatcher = consumer.event_dispatcher
-        dispatcher.on_send_buffered, dispatcher.buffer_limit = None, LIMIT
-        self.timer = consumer.timer.call_repeatedly(FLUSH_INTERVAL, dispatcher.flush)
+        if dispatcher and consumer.hub:
+            dispatcher.on_send_buffered, dispatcher.buffer_limit = None, LIMIT
+            self.timer = consumer.timer.call_repeatedly(FLUSH_INTERVAL, dispatcher.flush)
 
     def stop(self, consumer: Any) -> None:
-        """Send the last ones; without a connection, they are kept for the next one."""
+        """Send what there is; without a connection, it is kept for the next one."""
         if self.timer:
             self.timer.cancel()
+        self.shutdown(consumer)
+
+    def shutdown(self, consumer: Any) -> None:
+        """Send the events of the tasks that the stopped worker has waited for."""
+        if consumer.event_dispatcher:
             consumer.event_dispatcher.flush()
 
 
