@@ -298,7 +298,7 @@ def print_next_commands() -> None:
         console.print("                                  (the passwords, too, are demo, unless you set others)")
         console.print(f"  put the results into {other:8}   Ctrl-C, then: RESULT_STORE={other} docker compose up")
         console.print(f"  run a step once more            {once_more}")
-        console.print("  remove everything               docker compose down --volumes")
+        console.print('  remove everything               docker compose --profile "*" down --volumes')
     else:
         console.print(f"  run a step once more            {same}python producer.py where")
         console.print("  see the tasks in Flower         FLOWER_BASIC_AUTH=demo:demo celery -A tasks flower")

@@ -73,7 +73,8 @@ def rabbitmq_channel(url: str) -> Iterator[Any]:
     except pika.exceptions.ProbableAuthenticationError:
         raise Refused(
             f"{where} refuses the user {user!r} or its password. Check RABBITMQ_URL and RABBITMQ_PASSWORD. A password "
-            "changed after the first start is not taken over: docker compose down -v starts with an empty volume."
+            'changed after the first start is not taken over: docker compose --profile "*" down -v starts with an '
+            "empty volume."
         ) from None
     except pika.exceptions.ProbableAccessDeniedError:
         raise Refused(
