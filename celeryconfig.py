@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import ssl
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -287,7 +288,8 @@ class KeyConsumer(redis.ResultConsumer):
     def cancel_for(self, task_id: str) -> None:
         """Forget a task whose result is there, or that nobody waits for any more."""
         self._noted.discard(self._get_key_for_task(task_id))
-        super().cancel_for(task_id)
+        if not sys.is_finalizing():  # Python deletes what is left of the results, too late to connect
+            super().cancel_for(task_id)
 
     def on_wait_for_pending(self, result: Any, **kwargs: Any) -> None:
         """Look whether the result is there already."""
