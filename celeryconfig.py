@@ -272,10 +272,11 @@ class KeyConsumer(redis.ResultConsumer):
     nothing from then on; this one connects anew.
     """
 
+    _pubsub: Any  # the connection that hears announcements; None when it is lost
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._noted: set[Any] = set()  # keys to subscribe to
-        self._pubsub: Any
 
     def consume_from(self, task_id: str) -> None:
         """Note a task whose result somebody wants, or a member of a group; the next get() that waits subscribes."""
@@ -364,9 +365,10 @@ redis.call("PUBLISH", KEYS[1], ARGV[1])
 class RedisBackend(redis.RedisBackend):
     """Celery's redis:// backend, for a Redis that may be away for a while.
 
-    The worker counts a finished part of a chord once Redis is back: Celery tries again to store results only, and the
-    chord would never end. The client waits about as long as get() says, and does not hoard announcements. And get() of
-    a group does not sleep for half a second before it listens.
+    The worker stores a result in one round trip, and counts a finished part of a chord once Redis is back: Celery tries
+    again to store results only, and the chord would never end. The client queues tasks without Redis, waits about as
+    long as get() says, and does not hoard announcements. And get() of a group does not sleep for half a second before
+    it listens.
     """
 
     ResultConsumer = KeyConsumer
