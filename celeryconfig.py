@@ -430,22 +430,26 @@ class ReplyConsumer(rpc.ResultConsumer):
     a result, and acknowledges a result when it has arrived, so that one that was on its way is sent once more.
     """
 
+    answer_timeout = 5.0  # seconds
+
     def start(self, initial_task_id: str, **kwargs: Any) -> None:
-        """Connect, with one attempt, and consume from the reply queue. Raises what the connection raises."""
+        """Connect, with one attempt for each URL, and consume from the reply queue. Raises what the connection does."""
         connection = self.app.connection_for_read()
         self._connection_errors = (*connection.connection_errors, *connection.channel_errors, OperationalError)
         queue = self.backend.binding
         self.take_over()
         try:
-            connection.ensure_connection(max_retries=0)
-            consumer = self.Consumer(
-                connection.default_channel,
-                [queue],
-                accept=self.accept,
-                on_message=self._on_reply,
-                on_decode_error=self._drop,
-            )
-            consumer.consume()
+            connection.ensure_connection(max_retries=max(len(connection.alt) - 1, 0))
+            # In a cluster, RabbitMQ does not answer while the node with the queue is away.
+            with connection.connection.transport.having_timeout(self.answer_timeout):
+                consumer = self.Consumer(
+                    connection.default_channel,
+                    [queue],
+                    accept=self.accept,
+                    on_message=self._on_reply,
+                    on_decode_error=self._drop,
+                )
+                consumer.consume()
         except BaseException:
             connection.collect()
             raise

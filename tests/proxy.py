@@ -45,6 +45,10 @@ class Proxy:
         """Cut everything off when a client sends this command: before the server gets it, or after it has answered."""
         self.cut_at = (command, when)
 
+    def lose_once(self, command: bytes) -> None:
+        """Do not pass on what a client sends with this command: it waits for an answer."""
+        self.cut_at = (command, "lost")
+
     def restore(self) -> None:
         """Accept connections (again), on the same port."""
         self.listener = socket.create_server(("127.0.0.1", self.port))
@@ -91,6 +95,8 @@ class Proxy:
                     if when == "before":
                         self.cut()
                     self.keep_answer = when == "after"
+                    if when == "lost":
+                        continue
                 elif self.keep_answer:
                     self.keep_answer = False
                     self.cut()

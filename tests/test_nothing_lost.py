@@ -73,6 +73,20 @@ def test_a_client_waits_on_while_its_server_is_away(
         assert "RabbitMQ is away" in caplog.text
 
 
+def test_get_ends_when_rabbitmq_does_not_answer(rabbitmq_stack: Stack) -> None:
+    """So a cluster does while the node with the reply queue is away."""
+    with Proxy(rabbitmq_stack.broker_url) as mq, Worker(rabbitmq_stack.logs / "w.log", env=rabbitmq_stack.env):
+        tasks = replace(rabbitmq_stack, broker_url=mq.url()).load("tasks")
+        result = tasks.add.delay(1, 1)
+        mq.lose_once(tasks.app.thread_oid.encode())  # the declaration of the reply queue
+        started = time.monotonic()
+        with pytest.raises(ResultTimeout):
+            result.get(timeout=1)
+        assert time.monotonic() - started < 20
+        assert mq.cut_at is None
+        assert result.get(timeout=30) == 2
+
+
 def test_a_worker_goes_on_when_redis_was_away(redis_stack: Stack) -> None:
     """Results that are ready while Redis is down are written when it is back; without always_retry they are lost."""
     with Proxy(redis_stack.redis_url) as redis:
