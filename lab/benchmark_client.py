@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import pika
@@ -23,6 +23,7 @@ from celery import chord, group
 
 TIMEOUT = 60.0  # seconds for a result
 LARGE = 100_000  # characters
+CHUNK = 10  # calls in one task
 Figures = dict[str, float]
 
 
@@ -82,14 +83,14 @@ class CeleryClient(Client):
         """Fetch its result."""
         return sent.get(timeout=TIMEOUT)
 
-    def threads(self, count: int) -> Figures:
-        """Queue and fetch from four threads at the same time."""
-
-        def work(_: int) -> None:
-            self.all_at_once(count // 4)
-
-        with ThreadPoolExecutor(4) as pool:
-            return {"threads_per_s": count / clocked(lambda: list(pool.map(work, range(4))))}
+    def chunks(self, count: int) -> Figures:
+        """Send ten calls in each task, and fetch the lists of their results."""
+        calls = self.tasks.add.chunks([(number, 1) for number in range(count)], CHUNK).group()
+        results: list[list[int]] = []
+        seconds = clocked(lambda: results.extend(calls().get(timeout=TIMEOUT, interval=0)))
+        if sorted(chain.from_iterable(results)) != list(range(1, count + 1)):
+            raise RuntimeError("wrong replies")
+        return {"chunks_per_s": count / seconds}
 
     def group(self, count: int) -> Figures:
         """Fetch a group's results in three ways."""

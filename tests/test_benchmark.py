@@ -17,6 +17,7 @@ import pytest
 
 from lab.benchmark import FLOORS, Sizes, multiples, price, readme_tables, tables
 from lab.benchmark_tasks import BULK, DEFAULT, OURS, PRICES
+from lab.capacity import LIMITS
 from lab.servers import ROOT, STORES, Worker, run, wait_until
 from tests.conftest import Stack
 
@@ -80,6 +81,47 @@ def test_the_chart_is_drawn_from_the_committed_figures(theme: str) -> None:
     for name in PRICES:
         assert f">{name}<" in chart
     assert f"benchmark-{theme}.svg" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rounds", "said"),
+    [
+        ([1.2, 1.25, 1.3], "redis 20 %, rabbitmq within the noise"),
+        ([0.8, 0.85, 0.9], "redis a gain of 18 %, rabbitmq within the noise"),
+        ([1.3, 1.25, 0.99], "within the noise"),
+    ],
+)
+def test_a_price_is_one_if_all_rounds_say_so(rounds: list[float], said: str) -> None:
+    def figures(rounds: list[float]) -> dict[str, Any]:
+        return {"prefetch 4, not 1": {"price_trips_per_s": rounds}, OURS: {"price_trips_per_s": [1.0] * 3}}
+
+    run = {"figures": {"redis": figures(rounds), "rabbitmq": figures([1.01, 1.03, 1.02])}}
+    assert price(run, "prefetch 4, not 1") == f"Price, tasks a second: {said}."
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.timeout(120)
+def test_the_client_of_the_capacity_run_prints_a_rate_for_each_round(store: str) -> None:
+    done = run(sys.executable, "-m", "lab.capacity_client", store, env={}, timeout=110)
+    assert [float(line) > 0 for line in done.stdout.splitlines()] == [True] * 3, done.stderr
+
+
+def test_the_readmes_table_of_capacity_has_every_limit() -> None:
+    _, _, *rows = (ROOT / "README.md").read_text().split("<!-- capacity -->\n")[1].split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[1] for row in cells[:2]] == list(STORES)
+    assert [tuple(row[:2]) for row in cells[2:]] == [(f"{server}, {cpus} CPU", store) for server, cpus, store in LIMITS]
+    for (*_, per_s, per_cpu), (_, cpus, _) in zip(cells[2:], LIMITS, strict=True):
+        assert float(per_cpu.replace(",", "")) == pytest.approx(float(per_s) / cpus, abs=0.5 / cpus)
+
+
+def test_the_readme_says_what_chunks_bring() -> None:
+    figures = json.loads(FIGURES.read_text())["figures"]
+    gains = [
+        median(figures[store][OURS]["chunks_per_s"]) / median(figures[store][OURS]["trips_per_s"]) for store in STORES
+    ]
+    said = f"{gains[0]:.0f} times as many calls a second on redis, {gains[1]:.0f} times on rabbitmq"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
 # --- What is sent for each task ---------------------------------------------------------------------------
