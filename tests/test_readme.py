@@ -33,16 +33,24 @@ def test_the_tour_in_the_readme_is_the_tour(shared_stack: Stack) -> None:
         assert "steps ended as announced" in shown_lines[-1]
 
 
-def test_the_plain_project_in_the_readme_works(stack: Stack, tmp_path: Path) -> None:
+def _plain_project_works(stack: Stack, folder: Path, change: str = "") -> None:
     code = re.search(r"```python\n# jobs\.py\n(.*?)```", README, re.DOTALL)
     assert code
-    (tmp_path / "jobs.py").write_text(code[1])
-    (tmp_path / "celeryconfig.py").write_text((ROOT / "celeryconfig.py").read_text())
+    (folder / "jobs.py").write_text(code[1])
+    (folder / "celeryconfig.py").write_text((ROOT / "celeryconfig.py").read_text() + change)
     alone = {**stack.env, "PYTHONPATH": ""}
-    with Worker(tmp_path / "jobs.log", cwd=tmp_path, app="jobs", env=alone):
+    with Worker(folder / "jobs.log", cwd=folder, app="jobs", env=alone):
         client = "from jobs import double; print(double.delay(21).get(timeout=10))"
-        done = run(sys.executable, "-c", client, cwd=tmp_path, env=alone)
+        done = run(sys.executable, "-c", client, cwd=folder, env=alone)
         assert (done.stdout, done.returncode) == ("42\n", 0), done.stderr
+
+
+def test_the_plain_project_in_the_readme_works(stack: Stack, tmp_path: Path) -> None:
+    _plain_project_works(stack, tmp_path)
+
+
+def test_it_works_with_two_broker_urls_of_which_the_first_leads_nowhere(rabbitmq_stack: Stack, tmp_path: Path) -> None:
+    _plain_project_works(rabbitmq_stack, tmp_path, 'broker_url = f"amqp://127.0.0.1:1//;{broker_url}"\n')
 
 
 @pytest.mark.parametrize(
@@ -92,10 +100,26 @@ def test_a_client_raises_when_a_server_is_down(
     assert error in done.stderr
 
 
+def test_calls_can_be_sent_in_chunks_which_share_one_fate(shared_stack: Stack) -> None:
+    shown = re.search(r"`add\.chunks\(calls, 10\)(\..*?)`", README)
+    assert shown
+
+    def say(chunks: str) -> str:
+        code = f"from tasks import *; calls = [(number, 1) for number in range(25)]; print({chunks}{shown[1]})"
+        done = run(sys.executable, "-c", code, env=shared_stack.env)
+        return done.stdout.strip() or done.stderr.splitlines()[-1]
+
+    assert say("add.chunks(calls, 10)") == str([[*range(1, 11)], [*range(11, 21)], [*range(21, 26)]])
+    assert say("divide.chunks([(1, 1), (1, 0)], 2)") == "ZeroDivisionError: division by zero"
+    assert say("fetch_price.chunks([('tea',)], 1)").startswith("ConnectionError: the shop"), (
+        "the task itself retries it"
+    )
+
+
 def test_each_line_of_the_checklist_points_at_a_line_that_is_there() -> None:
     checklist = README[README.index("## Before production") :].split("\n\n")[1]
     rows = re.findall(r"^\| [A-Z].* \| \[`(.+?)`\]\(.+?\): (.*) \|$", checklist, re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) == 11
     for file, rest in rows:
         for part in rest.split(", and "):
             line = re.match(r"`(.+?)`", part)
