@@ -487,13 +487,17 @@ def price(run: dict[str, Any], settings: str) -> str:
 def price_table(run: dict[str, Any]) -> list[str]:
     """Each safety by itself, and at last all of Celery's defaults."""
     rows = [["our settings, but", *(f"{store}: {what}" for store in STORES for what in ("tasks/s", "one at a time"))]]
-    names = {
-        name: f"{name} (`{next(iter(each.settings))}`)" if each.settings else name for name, each in PRICES.items()
-    }
-    for settings, name in {**names, DEFAULT: "all of Celery's defaults"}.items():
+    labels = {name: f"{name}{changes(each.settings)}" for name, each in PRICES.items()}
+    for settings, label in {**labels, DEFAULT: "all of Celery's defaults"}.items():
         cells = [times(multiples(run, store, settings, what)) for store in STORES for what in ("trips_per_s", "p50_ms")]
-        rows.append([name, *cells])
+        rows.append([label, *cells])
     return markdown(rows)
+
+
+def changes(settings: dict[str, Any]) -> str:
+    """Return the name of the first setting that is changed, and whether there are more."""
+    names = [f"`{name}`" for name in settings]
+    return f" ({names[0]}{', ...' if names[1:] else ''})" if names else ""
 
 
 def once(run: dict[str, Any], store: str, settings: str) -> dict[str, float]:
