@@ -11,7 +11,7 @@ import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from lab.faults import STORES, Failed, Stack
+from lab.faults import STORES, Failed, Stack, failed
 
 # The bottleneck, its CPUs, and where the results are.
 LIMITS = [("rabbitmq", cpus, store) for cpus in (0.2, 0.4) for store in STORES]
@@ -55,8 +55,7 @@ def main() -> int:
                 print(limited(stack, server, cpus, store), flush=True)
                 stack.run("docker", "update", f"--cpus={everything}", stack.container(server))
     except (Failed, KeyboardInterrupt) as exc:
-        print(f"\ncapacity: {str(exc) or 'interrupted'}", file=sys.stderr)
-        return 1
+        return failed("capacity", exc)
     return 0
 
 

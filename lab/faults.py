@@ -34,6 +34,12 @@ class Failed(Exception):
     """The run itself has failed; the message says what."""
 
 
+def failed(run: str, reason: BaseException) -> int:
+    """Say in one line why a run has failed, or that it was interrupted, and return its exit code."""
+    print(f"\n{run}: {str(reason) or 'interrupted'}", file=sys.stderr)
+    return 1
+
+
 class Stack:
     """The demo's services in a Compose project of their own."""
 
@@ -367,8 +373,7 @@ def main() -> int:
                         stack.down()
                     print(f"{verdict} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
     except (Failed, KeyboardInterrupt) as exc:
-        print(f"\nfaults: {str(exc) or 'interrupted'}", file=sys.stderr)
-        failures += 1
+        failures += failed("faults", exc)
     if rows:
         print(table(rows))
     return 1 if failures else 0

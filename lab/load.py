@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 
-from lab.faults import STORES, Client, Failed, Stack
+from lab.faults import STORES, Client, Failed, Stack, failed
 
 RATE = 20  # tasks a second
 EXPIRES = 240  # seconds
@@ -96,8 +96,7 @@ def main() -> int:
             with stack.cleared_away():
                 run(stack, arguments.burst, arguments.minutes)
     except (Failed, KeyboardInterrupt) as exc:
-        print(f"\nload: {str(exc) or 'interrupted'}", file=sys.stderr)
-        return 1
+        return failed("load", exc)
     return 0
 
 
