@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 import witness
-from celeryconfig import service_url
+from hardening.environment import service_url
 from tasks import add, app, count_words, divide, fetch_price, import_rows, log_visit, nap, total
 
 TIMEOUT = 30.0  # seconds that any single result may take

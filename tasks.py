@@ -10,10 +10,7 @@ from celery import Celery, Task
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.log import get_task_logger
 
-# worker.health: wrong passwords end the worker with one line, and Compose can ask whether it consumes.
-# worker.messages: a message that is no task is refused with one line; without it, some of them end the worker.
-# worker.events: the events for Flower are sent together, twice a second.
-app = Celery("tasks", include=["worker.health", "worker.messages", "worker.events"])
+app = Celery("tasks")
 app.config_from_object("celeryconfig")
 logger = get_task_logger(__name__)
 

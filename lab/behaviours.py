@@ -18,7 +18,7 @@ from celery import chain, chord, group, states
 from celery.result import GroupResult
 
 import witness
-from celeryconfig import service_url
+from hardening.environment import service_url
 from lab.client import PATIENCE, TIMEOUT, read, seen
 from lab.compare_tasks import EXPIRES, add_by_another, add_short_lived, document, order
 from lab.servers import as_admin, run, wait_until

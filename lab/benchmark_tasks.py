@@ -69,7 +69,7 @@ settings = os.environ.get("BENCHMARK_SETTINGS", OURS)
 if settings == DEFAULT:
     app = Celery("benchmark", broker=os.environ["RABBITMQ_URL"], backend=STOCK)
 else:
-    app = Celery("benchmark", include=["worker.health", "worker.messages", "worker.events"])  # as in tasks.py
+    app = Celery("benchmark")
     app.config_from_object("celeryconfig")
     if settings != OURS:  # with a queue of its own: one queue cannot be of two types
         app.conf.update({**changed(settings), "task_default_queue": f"tasks, but {settings}"})

@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote, urlsplit
 import celery
 import redis
 
-from celeryconfig import service_url
+from hardening.environment import service_url
 
 ROOT = Path(__file__).parent.parent
 STORES = ("redis", "rabbitmq")

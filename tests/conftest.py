@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,10 +12,10 @@ from types import ModuleType
 
 import pytest
 
-from celeryconfig import service_url
+from hardening.environment import service_url
 from lab.servers import ROOT, OwnServers, Worker, own_servers
 
-APP_MODULES = ("celeryconfig", "tasks", "producer", "worker.health")
+APP_MODULES = ("celeryconfig", "tasks", "producer")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ def rabbitmq_stack(tmp_path: Path) -> Iterator[Stack]:
     """A stack of the test's own with the results in RabbitMQ, without a worker."""
     with _stack("rabbitmq", tmp_path) as stack:
         yield stack
+
+
+def copy_settings(folder: Path, change: str = "") -> None:
+    """Copy what the README tells people to copy, and append a change to the settings."""
+    (folder / "celeryconfig.py").write_text((ROOT / "celeryconfig.py").read_text() + change)
+    shutil.copytree(ROOT / "hardening", folder / "hardening", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 @pytest.fixture

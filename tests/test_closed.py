@@ -15,7 +15,7 @@ import pytest
 import redis
 
 import witness
-from celeryconfig import service_url
+from hardening.environment import service_url
 from lab.servers import RabbitMQ, run
 
 pytestmark = pytest.mark.skipif("ADMIN_PASSWORD_FILE" not in os.environ, reason="not the servers of docker-compose.yml")

@@ -6,7 +6,6 @@ import json
 import logging
 import pickle
 import random
-import shutil
 import threading
 import time
 import uuid
@@ -22,8 +21,8 @@ from celery.exceptions import NotRegistered
 from celery.exceptions import TimeoutError as ResultTimeout
 
 import witness
-from lab.servers import ROOT, Worker, wait_until
-from tests.conftest import Stack
+from lab.servers import Worker, wait_until
+from tests.conftest import Stack, copy_settings
 
 REFUSED = "Refused a message that is no task of this app"
 
@@ -141,13 +140,9 @@ def test_a_policy_keeps_what_is_refused(redis_stack: Stack) -> None:
 
 
 def test_another_project_refuses_too(redis_stack: Stack, tmp_path: Path) -> None:
-    """Copy celeryconfig.py and worker/messages.py, as the README tells people to."""
-    for name in ("celeryconfig.py", "worker/messages.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    copy_settings(tmp_path)
     (tmp_path / "jobs.py").write_text(
-        "from celery import Celery\n"
-        "app = Celery('jobs', include=['messages'])\n"
-        "app.config_from_object('celeryconfig')\n"
+        "from celery import Celery\napp = Celery('jobs')\napp.config_from_object('celeryconfig')\n"
     )
     env = {**redis_stack.env, "PYTHONPATH": ""}
     with (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lab.servers import ROOT, Worker, run
-from tests.conftest import Stack
+from tests.conftest import Stack, copy_settings
 
 README = (ROOT / "README.md").read_text()
 
@@ -37,7 +37,7 @@ def _plain_project_works(stack: Stack, folder: Path, change: str = "") -> None:
     code = re.search(r"```python\n# jobs\.py\n(.*?)```", README, re.DOTALL)
     assert code
     (folder / "jobs.py").write_text(code[1])
-    (folder / "celeryconfig.py").write_text((ROOT / "celeryconfig.py").read_text() + change)
+    copy_settings(folder, change)
     alone = {**stack.env, "PYTHONPATH": ""}
     with Worker(folder / "jobs.log", cwd=folder, app="jobs", env=alone):
         client = "from jobs import double; print(double.delay(21).get(timeout=10))"

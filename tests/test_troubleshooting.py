@@ -17,7 +17,7 @@ from celery import chord
 from celery.exceptions import TimeoutError as ResultTimeout
 
 import witness
-from celeryconfig import service_url
+from hardening.environment import service_url
 from lab.compare_tasks import EXPIRES
 from lab.servers import ROOT, TAKEN, Worker, as_admin, run, wait_until
 from tests.conftest import Stack

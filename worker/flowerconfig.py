@@ -3,9 +3,9 @@
 Flower's own variable FLOWER_BASIC_AUTH takes a comma for the end of the password, and reads no file.
 """
 
-import celeryconfig
+from hardening.environment import password
 
-_password = celeryconfig.password("FLOWER")
+_password = password("FLOWER")
 if not _password or not _password.isascii():
     raise SystemExit(
         "flowerconfig: FLOWER_PASSWORD is missing, or has a character that is not ASCII: Flower takes none."

@@ -1,19 +1,24 @@
-"""The worker refuses a message that is no task with one line, and goes on with the next one.
+"""The worker's consumer of tasks: it refuses a message that is no task with one line, and goes on with the next one.
 
-Celery itself puts some of them into the log as a whole. At others it ends, and RabbitMQ gives the message to the next
-worker, which ends, too: a missing content type is enough, or a time limit that is not a pair of numbers.
-tasks.py includes this module, so every worker loads it.
+What Celery lacks: some of these messages it puts into the log as a whole. At others it ends, and RabbitMQ gives the
+message to the next worker, which ends, too: a missing content type is enough, or a time limit that is no pair.
+What this does: each message is checked before Celery sees it. The worker also sends its events together and says
+whether it consumes (events.py, readiness.py).
+To go back: leave out worker_consumer. For Celery 5.7.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-from celery import current_app
+from celery import Celery
 from celery.app.task import Context
 from celery.exceptions import InvalidTaskError, NotRegistered
 from celery.utils.log import get_logger
-from celery.worker.consumer import Consumer
+from celery.worker import consumer
 from kombu.exceptions import ContentDisallowed, DecodeError
+
+from .events import EventsTogether
+from .readiness import Readiness, refuse_wrong_passwords
 
 logger = get_logger(__name__)
 
@@ -64,10 +69,19 @@ def check(message: Any) -> None:
                 raise InvalidTaskError(f"the option {name} is {signatures!r:.50}")
 
 
-class StrictConsumer(Consumer):
+class Consumer(consumer.Consumer):
     """Celery's consumer of tasks, which survives what is no task."""
 
     connection_errors: tuple[type[Exception], ...]
+
+    class Blueprint(consumer.Consumer.Blueprint):
+        """Celery's steps, and ours."""
+
+        default_steps: ClassVar = [*consumer.Consumer.Blueprint.default_steps, EventsTogether, Readiness]
+
+    def __init__(self, *args: Any, app: Celery, **kwargs: Any) -> None:
+        refuse_wrong_passwords(app)
+        super().__init__(*args, app=app, **kwargs)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         """Return what handles a message."""
@@ -103,6 +117,3 @@ class StrictConsumer(Consumer):
         headers, properties = message.headers, message.properties
         request = Context(headers, reply_to=properties.get("reply_to"), correlation_id=properties.get("correlation_id"))
         self.app.backend.mark_as_failure(headers["id"], NotRegistered(headers["task"]), request=request)
-
-
-current_app.conf.worker_consumer = StrictConsumer

@@ -1,12 +1,12 @@
 """The worker sends its events, which Flower shows, twice a second together and not one by one.
 
 RabbitMQ confirms each message, and the worker's main process waits for that: with three messages a task it would be
-busy with little else. tasks.py includes this module, so every worker loads it.
+busy with little else.
 """
 
 from typing import Any
 
-from celery import bootsteps, current_app
+from celery import bootsteps
 
 FLUSH_INTERVAL = 0.5  # seconds
 LIMIT = 1_000  # events; so many are sent at once, before the time has come
@@ -35,6 +35,3 @@ class EventsTogether(bootsteps.StartStopStep):
         """Send the events of the tasks that the stopped worker has waited for."""
         if consumer.event_dispatcher:
             consumer.event_dispatcher.flush()
-
-
-current_app.steps["consumer"].add(EventsTogether)

@@ -1,0 +1,94 @@
+"""What celeryconfig.py reads from the environment: URLs, passwords and the result store, checked.
+
+What Celery lacks: it takes a URL as it comes, reads no password from a file, and lets environment variables of its own
+win over the settings, in some processes only.
+What this does: a value that cannot work ends the process with one line that says how to mend it.
+To go back: write the values into celeryconfig.py. For Celery 5.7.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import quote, urlsplit
+
+_LOGIN_HOST_PORT = r"://([^:/?#;@]*(:[^:/?#;@]*)?@)?([^:/?#;@\[\]]+|\[[\da-fA-F:.]+\])(:\d+)?"
+_SERVICES = {  # what a URL must match, what it looks like, its default
+    "RABBITMQ": (
+        rf"amqps?{_LOGIN_HOST_PORT}(/[^?#;@]*)?",
+        "amqp://USER:PASSWORD@HOST:PORT/VHOST (amqps:// for TLS)",
+        "amqp://guest:guest@localhost:5672//",
+    ),
+    "REDIS": (
+        rf"rediss?{_LOGIN_HOST_PORT}(/\d*)?(\?[^#@]*)?",
+        "redis://USER:PASSWORD@HOST:PORT/0 (rediss:// for TLS)",
+        "redis://localhost:6379/0",
+    ),
+}
+
+
+def stop(problem: str) -> NoReturn:
+    """End the process with one line: around any other exception the celery command prints a traceback."""
+    raise SystemExit(f"celeryconfig: {problem}")
+
+
+def password(service: str) -> str | None:
+    """Return the password in SERVICE_PASSWORD, or in the file that SERVICE_PASSWORD_FILE names, or None."""
+    given, path = os.environ.get(f"{service}_PASSWORD"), os.environ.get(f"{service}_PASSWORD_FILE")
+    if not path:
+        return given
+    if given:
+        stop(f"{service}_PASSWORD and {service}_PASSWORD_FILE are both set: unset one of them.")
+    try:
+        secret = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        stop(f"{service}_PASSWORD_FILE names {path}, which cannot be read: {getattr(exc, 'strerror', 'no UTF-8')}.")
+    return secret or stop(f"{service}_PASSWORD_FILE names {path}, which is empty.")
+
+
+def service_url(service: str) -> str:
+    """Return RABBITMQ_URL or REDIS_URL, checked, with the service's password in it.
+
+    A malformed one ends the process; the message does not show it, for the password's sake.
+    """
+    pattern, form, default = _SERVICES[service]
+    url = os.environ.get(f"{service}_URL") or default
+    try:
+        parts = urlsplit(url)
+        well_formed = re.fullmatch(pattern, url, re.ASCII) and parts.port != 0
+    except ValueError:  # a port above 65535
+        well_formed = False
+    if not well_formed:
+        stop(
+            f"{service}_URL is malformed. It must look like {form}. Write @ : / % # ? ; in the password "
+            f"as %40 %3A %2F %25 %23 %3F %3B, or give the password in {service}_PASSWORD."
+        )
+    secret = password(service)
+    if secret:
+        user, _, host = parts.netloc.rpartition("@")
+        parts = parts._replace(netloc=f"{user.partition(':')[0]}:{quote(secret, safe='')}@{host}")
+    return parts.geturl()
+
+
+def result_store() -> str:
+    """Return RESULT_STORE: redis, which is the default, or rabbitmq. Any other value ends the process."""
+    store = os.environ.get("RESULT_STORE") or "redis"
+    if store not in ("redis", "rabbitmq"):
+        stop(f"RESULT_STORE is {store!r}, but it must be redis or rabbitmq.")
+    return store
+
+
+def refuse_overrides(broker_url: str, result_backend: str) -> None:
+    """End the process when Celery's own variables, or its options -b and --result-backend, would win over these two."""
+    for name in ("BROKER_URL", "CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
+        if os.environ.get(name) not in (None, "", broker_url):
+            stop(
+                f"{name} is set in the environment, or by the option -b, and overrides RABBITMQ_URL: "
+                "unset it, and set RABBITMQ_URL."
+            )
+    for name in ("RESULT_BACKEND", "CELERY_RESULT_BACKEND"):
+        if os.environ.get(name) not in (None, "", result_backend):
+            stop(
+                f"{name} is set in the environment, or by the option --result-backend, and overrides RESULT_STORE: "
+                "unset it, and set RESULT_STORE=redis (with REDIS_URL) or RESULT_STORE=rabbitmq."
+            )
