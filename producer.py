@@ -1,6 +1,7 @@
 """The tour: queue tasks, fetch their results, and look where the results really are.
 
-Every step announces what will come back. The exit code is 0 only if all of them ended as announced.
+Each step below is a function, as you would write it in your own program; the tour prints its code and what came back.
+The exit code is 0 only if all of them ended as announced in ANNOUNCED.
 
 Environment:
   RESULT_STORE   redis (default) or rabbitmq: where the results go; the workers need the same value
@@ -14,223 +15,196 @@ Examples:
 """
 
 import argparse
+import inspect
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from typing import Any
 
-from celery import chain as celery_chain
-from celery import chord as celery_chord
-from celery import group as celery_group
+import celery
 from celery import states
 from celery.backends.base import BaseKeyValueStoreBackend
 from kombu.exceptions import OperationalError
 from kombu.utils.url import maybe_sanitize_url
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
 import witness
-from hardening.environment import service_url
+from hardening.environment import result_store, service_url
 from tasks import add, app, count_words, divide, fetch_price, import_rows, log_visit, nap, total
 
-TIMEOUT = 30.0  # seconds that any single result may take
-WORKER_TIMEOUT = 20.0  # seconds that a worker may take to start
 LINES = ["the quick brown fox", "jumps over", "the lazy dog"]
 
-console = Console(highlight=False, markup=False, soft_wrap=True)
+# --- The steps ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of the tour: what is called, what is announced to come back, and the function that does it."""
-
-    name: str
-    call: str
-    announced: Callable[[], str]
-    run: Callable[[], object]
-
-
-STEPS: dict[str, Step] = {}
-
-
-def step(call: str, announced: str | Callable[[], str]) -> Callable[[Callable[[], object]], Callable[[], object]]:
-    """Make a function a step. Its docstring is printed; an exception that it raises counts as what came back."""
-
-    def register(run: Callable[[], object]) -> Callable[[], object]:
-        expected = (lambda: announced) if isinstance(announced, str) else announced
-        STEPS[run.__name__] = Step(run.__name__, call, expected, run)
-        return run
-
-    return register
-
-
-@step("add.delay(2, 3).get()", "5")
 def value() -> object:
     """A worker computes, the result backend carries the value back."""
-    return add.delay(2, 3).get(timeout=TIMEOUT)
+    return add.delay(2, 3).get(timeout=30)
 
 
-@step("divide.delay(1, 0).get()", "ZeroDivisionError: division by zero")
 def failure() -> object:
     """The task raises, and get() raises the same exception here."""
-    return divide.delay(1, 0).get(timeout=TIMEOUT)
+    return divide.delay(1, 0).get(timeout=30)
 
 
-@step('fetch_price.delay("tea").get()', "28.5 after 2 retries")
 def retry() -> object:
     """The task fails twice; Celery queues it again, first after 1 second, then after 2."""
     result = fetch_price.delay("tea")
-    return f"{result.get(timeout=TIMEOUT)} after {result.retries} retries"
+    return result.get(timeout=30), f"after {result.retries} retries"
 
 
-@step("import_rows.delay(10).get(on_message=show)", "10")
 def progress() -> object:
     """The task reports how far it is, and each report reaches the caller while it waits."""
-    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True)
-    rows = bar.add_task("     importing", total=10)
-
-    def show(meta: dict[str, Any]) -> None:
-        if meta["status"] == "PROGRESS":
-            done, total_rows = meta["result"]["done"], meta["result"]["total"]
-            bar.update(rows, completed=done)
-            if done % 5 == 0:
-                console.print(f"     {done} of {total_rows} rows are done")
-
-    with bar if console.is_terminal else nullcontext():
-        return import_rows.delay(10).get(timeout=TIMEOUT, on_message=show)
+    return import_rows.delay(10).get(timeout=30, on_message=show_progress)
 
 
-@step("group(count_words.s(line) for line in LINES)().join()", "[4, 2, 3]")
 def group() -> object:
     """Three tasks run side by side; their results come back in the order in which they were asked for."""
-    return celery_group(count_words.s(line) for line in LINES)().join(timeout=TIMEOUT)
+    return celery.group(count_words.s(line) for line in LINES)().get(timeout=30)
 
 
-@step("chain(add.s(2, 3), add.s(10))().get()", "15, and its parent is 5")
 def chain() -> object:
     """The result of the first task becomes an argument of the second; both can be fetched."""
-    result = celery_chain(add.s(2, 3), add.s(10))()
-    return f"{result.get(timeout=TIMEOUT)}, and its parent is {result.parent.get(timeout=TIMEOUT)}"
+    result = celery.chain(add.s(2, 3), add.s(10))()
+    return result.get(timeout=30), result.parent.get(timeout=30)
 
 
-def _chord_outcome() -> str:
-    """Ask the result backend itself whether it can do chords."""
-    try:
-        app.backend.ensure_chords_allowed()
-    except NotImplementedError as exc:
-        return _outcome(exc)
-    return "9"
-
-
-@step("chord([count_words.s(line) for line in LINES])(total.s()).get()", _chord_outcome)
 def chord() -> object:
     """A task that runs when all tasks of a group are done, and gets their results."""
-    try:
-        return celery_chord([count_words.s(line) for line in LINES])(total.s()).get(timeout=TIMEOUT)
-    except NotImplementedError:
-        console.print("     Somebody has to count the finished parts, and a queue of messages cannot count.")
-        console.print("     Instead: total.delay(group(...)().join()), or RESULT_STORE=redis.")
-        raise
+    return celery.chord([count_words.s(line) for line in LINES])(total.s()).get(timeout=30)
 
 
-@step("nap.delay(30).revoke(terminate=True), then get()", "TaskRevokedError: terminated")
 def revoke() -> object:
     """A task is called off while it runs."""
     result = nap.delay(30)
-
-    def revoke_when_started(meta: dict[str, Any]) -> None:
-        if meta["status"] == states.STARTED:
-            result.revoke(terminate=True)
-
-    return result.get(timeout=TIMEOUT, on_message=revoke_when_started)
+    wait_until(lambda: result.state == states.STARTED)
+    result.revoke(terminate=True)
+    return result.get(timeout=30)
 
 
-@step("nap.apply_async((30,), soft_time_limit=1).get()", "SoftTimeLimitExceeded")
 def time_limit() -> object:
     """A task takes too long: after its time limit of 1 second it is interrupted."""
-    return nap.apply_async((30,), soft_time_limit=1).get(timeout=TIMEOUT)
+    return nap.apply_async((30,), soft_time_limit=1).get(timeout=30)
 
 
-@step('log_visit.delay("/home").get()', "None")
 def ignored() -> object:
     """A task with ignore_result=True: it runs, but nothing is stored, and get() returns at once."""
-    return log_visit.delay("/home").get(timeout=TIMEOUT)
+    return log_visit.delay("/home").get(timeout=30)
 
 
-@step("result = add.delay(20, 22), then result.get()", "42")
 def where() -> object:
     """Where is a result before and after get()? redis-py and pika look, behind Celery's back."""
-
-    def look_fetch_look() -> object:
-        result = add.delay(20, 22)
-        _await_result(result.id)
-        console.print("     before get():")
-        _show_places(result.id)
-        fetched = result.get(timeout=TIMEOUT)
-        console.print("     after get():")
-        if _show_places(result.id):
-            console.print("     A key stays: until it expires, every process can read it, as often as it likes.")
-        else:
-            console.print(
-                "     A message is delivered once, to the process that queued the task; nobody else can read it."
-            )
-        return fetched
-
-    # A thread of its own has a reply queue of its own: the one that holds this result and no other.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(look_fetch_look).result()
+    result = add.delay(20, 22)
+    wait_until(lambda: is_stored(result))
+    show_places("before get():", result)
+    fetched = result.get(timeout=30)
+    show_places("after get():", result)
+    return fetched
 
 
-def _places(task_id: str) -> tuple[witness.ResultKey | None, witness.ReplyQueue | None, str]:
-    """Return the task's key in Redis, this thread's reply queue in RabbitMQ, and a word on Redis if it is down."""
-    queue = witness.find_reply_queue(app.conf.broker_url, app.thread_oid)
-    name = f"{app.conf.result_backend_transport_options['global_keyprefix']}celery-task-meta-{task_id}"
-    try:
-        return witness.find_result_key(service_url("REDIS"), name), queue, "no key with this task's id"
-    except witness.ServerError:
-        return None, queue, "not running, and not needed"
+# --- What each of them ends with ---------------------------------------------------------------------------
+
+ANNOUNCED: dict[Callable[[], object], str] = {
+    value: "5",
+    failure: "ZeroDivisionError: division by zero",
+    retry: "(28.5, 'after 2 retries')",
+    progress: "10",
+    group: "[4, 2, 3]",
+    chain: "(15, 5)",
+    chord: "9",
+    revoke: "TaskRevokedError: terminated",
+    time_limit: "SoftTimeLimitExceeded",
+    ignored: "None",
+    where: "42",
+}
+REFUSED = {  # by a result backend that cannot do it; what to do instead
+    chord: "Somebody has to count the finished parts, and a queue of messages cannot.\n"
+    "Instead: total.delay(group(...)().get(timeout=30)), or RESULT_STORE=redis.",
+}
+
+# --- How they look and wait --------------------------------------------------------------------------------
+
+WORKER_TIMEOUT = 20.0  # seconds that a worker may take to start
+console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
-def _await_result(task_id: str) -> None:
-    """Wait until one of the two witnesses sees the result. Raises TimeoutError."""
-    deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-        key, queue, _ = _places(task_id)
-        if key or (queue and queue.messages):
-            return
+def say(text: str, style: str | None = None) -> None:
+    """Print under the step's name."""
+    console.print(textwrap.indent(text, "     "), style=style)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait until a condition is true. Raises TimeoutError after 30 seconds."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it did not happen within 30 s")
         time.sleep(0.05)
-    raise TimeoutError(f"no result in Redis or RabbitMQ after {TIMEOUT:.0f} s")
 
 
-def _show_places(task_id: str) -> bool:
-    """Print what the two witnesses see, and tell whether the result is a key in Redis."""
+def show_progress(meta: dict[str, Any]) -> None:
+    """Show one report of import_rows."""
+    if meta["status"] == "PROGRESS" and meta["result"]["done"] % 5 == 0:
+        say("{done} of {total} rows are done".format(**meta["result"]))
+
+
+def find(result: Any) -> tuple[witness.ResultKey | None, witness.ReplyQueue | None]:
+    """Return the result's key in Redis, and this process's reply queue in RabbitMQ."""
+    key = None
+    with suppress(witness.Unreachable):  # not needed with rabbitmq
+        prefix = app.conf.result_backend_transport_options["global_keyprefix"]
+        key = witness.find_result_key(service_url("REDIS"), f"{prefix}celery-task-meta-{result.id}")
+    return key, witness.find_reply_queue(app.conf.broker_url, app.thread_oid)
+
+
+def is_stored(result: Any) -> bool:
+    """Tell whether one of the two witnesses sees the result."""
+    key, queue = find(result)
+    return bool(key or (queue and queue.messages))
+
+
+def show_places(moment: str, result: Any) -> None:
+    """Print what the two witnesses see."""
 
     def content(meta: dict[str, Any]) -> str:
         return json.dumps({name: meta[name] for name in ("status", "result", "name", "args")})
 
-    key, queue, redis_says = _places(task_id)
+    key, queue = find(result)
+    say(moment)
     if key:
-        console.print(f"       Redis     {key.name}, expires in {key.ttl} s")
-        console.print(f"                 {content(key.content)}")
+        say(f"  Redis     {key.name}, expires in {key.ttl} s\n            {content(key.content)}")
     else:
-        console.print(f"       Redis     {redis_says}")
+        say("  Redis     no key with this task's id")
     if queue:
-        console.print(
-            f"       RabbitMQ  reply queue {queue.name}, messages: {queue.messages}, consumers: {queue.consumers}"
-        )
+        say(f"  RabbitMQ  reply queue {queue.name}, messages: {queue.messages}, consumers: {queue.consumers}")
         if queue.content:
-            console.print(f"                 {content(queue.content)}")
+            say(f"            {content(queue.content)}")
     else:
-        console.print("       RabbitMQ  no reply queue of this client")
-    return key is not None
+        say("  RabbitMQ  no reply queue of this client")
+    if moment.startswith("after"):
+        if key:
+            say("A key stays: until it expires, every process can read it, as often as it likes.")
+        else:
+            say("A message is delivered once, to the process that queued the task; no other can read it.")
 
 
-def _outcome(came_back: object) -> str:
+# --- The tour around them ----------------------------------------------------------------------------------
+
+STEPS = {step.__name__: step for step in ANNOUNCED}
+
+
+def code(step: Callable[[], object]) -> str:
+    """Return the lines of a step, without its name and its docstring."""
+    lines = inspect.getsource(step).splitlines()[2:]
+    return textwrap.dedent("\n".join(lines))
+
+
+def outcome(came_back: object) -> str:
     """Describe what a step returned or raised, in one line."""
     if not isinstance(came_back, BaseException):
         return str(came_back)
@@ -238,28 +212,39 @@ def _outcome(came_back: object) -> str:
     return name if message in ("", f"{name}()") else f"{name}: {message}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time to read."""
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
-def run_step(number: int, tour_step: Step) -> bool:
-    """Run one step, print it, and tell whether it ended as announced."""
-    console.print(f"\n{number:2}. {tour_step.name}: {tour_step.run.__doc__}", style="bold")
-    console.print(f"     {tour_step.call}")
+def in_a_new_process(step: Callable[[], object]) -> object:
+    """Run a step in a process of its own, whose reply queue nobody reads yet: so the witness finds the result there."""
+    with ProcessPoolExecutor(1) as process:
+        return process.submit(step).result()
+
+
+def run_step(number: int, step: Callable[[], object]) -> str:
+    """Run one step, print it, and return "ended" or "refused" when it ended as announced, and "failed" when not."""
+    console.print(f"\n{number:2}. {step.__name__}: {step.__doc__}", style="bold")
+    say(code(step), style="cyan")
     started = time.perf_counter()
+    came_back: object
     try:
-        outcome = _outcome(tour_step.run())
+        came_back = in_a_new_process(step) if step is where else step()
     except (OperationalError, witness.ServerError):
         raise
     except Exception as exc:  # whatever the task raised is what the step shows
-        outcome = _outcome(exc)
-    took = _duration(time.perf_counter() - started)
-    announced = tour_step.announced()
-    as_announced = outcome == announced
-    console.print(f"     -> {outcome}   ({took})", style="green" if as_announced else "red")
-    if not as_announced:
-        console.print(f"     NOT AS ANNOUNCED: this step should end with {announced}", style="bold red")
-    return as_announced
+        came_back = exc
+    took = duration(time.perf_counter() - started)
+    if step in REFUSED and isinstance(came_back, NotImplementedError):
+        say(REFUSED[step])
+        say(f"-> REFUSED, {outcome(came_back)}   ({took})", style="yellow")
+        return "refused"
+    if outcome(came_back) == ANNOUNCED[step]:
+        say(f"-> {outcome(came_back)}   ({took})", style="green")
+        return "ended"
+    say(f"-> {outcome(came_back)}   ({took})\nNOT AS ANNOUNCED: it should end with {ANNOUNCED[step]}", style="bold red")
+    return "failed"
 
 
 def check_servers() -> None:
@@ -278,7 +263,7 @@ def check_servers() -> None:
             )
         time.sleep(0.1)
     for name, settings in (app.control.inspect(timeout=2.0, limit=1).conf() or {}).items():
-        if settings["result_backend"] != app.conf.result_backend:
+        if settings["result_backend"].partition("+")[0] != app.conf.result_backend.partition("+")[0]:
             raise witness.Refused(
                 f"{name} puts its results elsewhere: it was started with another RESULT_STORE than this producer. "
                 "Set the same one for both."
@@ -288,7 +273,7 @@ def check_servers() -> None:
 def print_next_commands() -> None:
     """Say what to open and to try after the tour."""
     console.print("\nWhat next?", style="bold")
-    store = os.environ.get("RESULT_STORE") or "redis"
+    store = result_store()
     other = "redis" if store == "rabbitmq" else "rabbitmq"
     same = "" if store == "redis" else f"RESULT_STORE={store} "
     if flower := os.environ.get("FLOWER_PAGE"):  # set in docker-compose.yml
@@ -315,17 +300,20 @@ def main() -> int:
         check_servers()
         console.print("Celery result backends: the tour", style="bold")
         console.print(f"  broker          {maybe_sanitize_url(app.conf.broker_url)}")
-        store = os.environ.get("RESULT_STORE") or "redis"
-        console.print(f"  result backend  {app.backend.as_uri(include_password=False)}   (RESULT_STORE={store})")
+        console.print(
+            f"  result backend  {app.backend.as_uri(include_password=False)}   (RESULT_STORE={result_store()})"
+        )
         started = time.perf_counter()
-        good = sum([run_step(number, STEPS[name]) for number, name in enumerate(chosen, 1)])
+        ends = [run_step(number, STEPS[name]) for number, name in enumerate(chosen, 1)]
     except (OperationalError, witness.ServerError) as exc:
-        print(f"producer: {_outcome(exc) if isinstance(exc, OperationalError) else exc}", file=sys.stderr)
+        print(f"producer: {outcome(exc) if isinstance(exc, OperationalError) else exc}", file=sys.stderr)
         return 1
-    took = _duration(time.perf_counter() - started)
-    console.print(f"\n{good} of {len(chosen)} steps ended as announced, in {took}.", style="bold")
+    took = duration(time.perf_counter() - started)
+    refused = ends.count("refused")
+    but = f", {refused} was refused by this result backend" if refused else ""
+    console.print(f"\n{ends.count('ended')} of {len(ends)} steps ended as announced{but}, in {took}.", style="bold")
     print_next_commands()
-    return 0 if good == len(chosen) else 1
+    return 1 if "failed" in ends else 0
 
 
 if __name__ == "__main__":
