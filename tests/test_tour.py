@@ -1,12 +1,14 @@
 """Every step of the tour, on both stores, and the tour as a whole."""
 
+import re
 import sys
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from lab.servers import run
+from lab.picture import text
+from lab.servers import ROOT, run
 from tests.conftest import Stack
 
 ENDS = {
@@ -84,3 +86,14 @@ def test_a_hard_time_limit_ends_a_task_that_ignores_the_soft_one(tasks: ModuleTy
     with pytest.raises(Exception, match=r"TimeLimitExceeded\(1") as caught:
         tasks.nap.apply_async((30,), time_limit=1).get(timeout=30)
     assert type(caught.value).__name__ == "TimeLimitExceeded"
+
+
+def test_the_picture_shows_the_tour(shared_stack: Stack) -> None:
+    if shared_stack.store != "redis":
+        pytest.skip("the picture is of redis")
+    tour = run(sys.executable, "producer.py", env=shared_stack.env).stdout
+    picture = text((ROOT / "docs" / "tour.svg").read_text())
+    steps = tour[tour.index("\n 1. ") : tour.index("\nWhat next?")]
+    for line in steps.splitlines():
+        words = re.sub(r"([\d.]+ m?s\b|meta-).*", "", line)  # times and ids differ
+        assert re.sub(r"\s", "", words) in picture, line
