@@ -263,7 +263,8 @@ def check_servers() -> None:
             )
         time.sleep(0.1)
     for name, settings in (app.control.inspect(timeout=2.0, limit=1).conf() or {}).items():
-        if settings["result_backend"].partition("+")[0] != app.conf.result_backend.partition("+")[0]:
+        theirs, ours = (str(url).partition("://")[0] for url in (settings["result_backend"], app.conf.result_backend))
+        if theirs != ours:  # the worker hides what follows: there is a password in it
             raise witness.Refused(
                 f"{name} puts its results elsewhere: it was started with another RESULT_STORE than this producer. "
                 "Set the same one for both."
@@ -277,13 +278,16 @@ def print_next_commands() -> None:
     other = "redis" if store == "rabbitmq" else "rabbitmq"
     same = "" if store == "redis" else f"RESULT_STORE={store} "
     if flower := os.environ.get("FLOWER_PAGE"):  # set in docker-compose.yml
-        once_more = f"{same}docker compose run --rm --no-deps producer python producer.py where"
+        overlays = [os.environ[name] for name in sorted(os.environ) if name.startswith("OVERLAY_")]
+        compose = " -f ".join(["docker compose", *(["docker-compose.yml", *overlays] if overlays else [])])
+        once_more = f"{same}{compose} run --rm --no-deps producer python producer.py where"
         console.print(f"  see the tasks in Flower         {flower}  (user demo)")
         console.print(f"  see the queues in RabbitMQ      {os.environ['RABBITMQ_PAGE']}  (user demo)")
         console.print("                                  (the passwords, too, are demo, unless you set others)")
-        console.print(f"  put the results into {other:8}   Ctrl-C, then: RESULT_STORE={other} docker compose up")
+        console.print(f"  put the results into {other:8}   RESULT_STORE={other} {compose} up")
         console.print(f"  run a step once more            {once_more}")
-        console.print('  remove everything               docker compose --profile "*" down --volumes')
+        console.print(f"  stop it                         {compose} stop")
+        console.print(f'  remove everything               {compose} --profile "*" down --volumes')
     else:
         console.print(f"  run a step once more            {same}python producer.py where")
         console.print("  see the tasks in Flower         FLOWER_BASIC_AUTH=demo:demo celery -A tasks flower")

@@ -160,11 +160,34 @@ def check_containers(found: dict[str, Any]) -> None:
         wanted = {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"]}
         assert {name: setting.get(name) for name in wanted} == wanted, service  # those that do not run, too
         assert int(setting["mem_limit"]) > 0 < setting["pids_limit"], service
+    limits = "{maps:get(wal_max_size_bytes, ra_system:fetch(quorum_queues)), vm_memory_monitor:get_memory_limit()}."
+    in_force = compose("exec", "-T", "rabbitmq", "rabbitmqctl", "--quiet", "eval", limits).strip()
+    assert in_force == "{32000000,600000000}", in_force
     networks = list(found["redis"]["NetworkSettings"]["Networks"].values())
     assert len(networks) == 1, networks
     network = json.loads(run("docker", "network", "inspect", networks[0]["NetworkID"]))[0]
     assert network["Internal"], f"the network {network['Name']} has a way out"
     say(f"containers: {', '.join(sorted(found))} are closed; Redis has no way out")
+
+
+def check_every_client(**wanted: str) -> None:
+    """Each service of this project's image, also of those that do not run, has these variables, or none of them."""
+    services = json.loads(compose("--profile=*", "config", "--format=json"))["services"]
+    clients = {name: service["environment"] for name, service in services.items() if "RABBITMQ_URL" in str(service)}
+    assert {"worker", "flower", "producer", "wire", "compare", "benchmark", "tests"} <= set(clients), clients
+    for name, environment in clients.items():
+        assert environment | wanted == environment, (name, environment)
+    say(f"overlay: reaches {', '.join(sorted(clients))}")
+
+
+def check_printed_commands() -> None:
+    """What the tour says to type next uses the same Compose files."""
+    logs = compose("logs", "--no-color", "--no-log-prefix", "producer")
+    printed = re.findall(r"docker compose .*", logs[logs.index("What next?") :])
+    files = " ".join(option.replace("--file=", "-f ") for option in COMPOSE if option.startswith("--file="))
+    assert len(printed) >= 3, logs
+    assert all(command.startswith(f"docker compose {files}".strip() + " ") for command in printed), printed
+    say("the tour's last words: commands with the same files")
 
 
 def secrets() -> list[bytes]:
@@ -209,6 +232,7 @@ def default() -> None:
     check_ports(found)
     check_logins({"flower": "demo:demo", "rabbitmq": "demo:demo"})
     check_containers(found)
+    check_printed_commands()
     redis_cli = "export REDISCLI_AUTH=$(cat /run/admin/password); redis-cli --user admin"
     transaction = r"printf 'MULTI\nSET celery-demo:a 1\nSET celery-demo:b 2\nEXEC\n' > /tmp/transaction"
     compose("exec", "-T", "redis", "sh", "-c", f"{transaction}; {redis_cli} < /tmp/transaction")
@@ -251,7 +275,10 @@ def files() -> None:
         found = containers()
         check_logins({service: f"demo:{PASSWORDS[service]}" for service in PAGES})
         check_containers(found)
-        check_nothing_shows(found, compose("config"), json.dumps(found))
+        check_nothing_shows(found, compose("--profile=*", "config"), json.dumps(found))
+        in_files = {f"{name}_PASSWORD_FILE": f"/run/secrets/{name.lower()}_password" for name in ("RABBITMQ", "REDIS")}
+        check_every_client(RABBITMQ_PASSWORD="", REDIS_PASSWORD="", **in_files)
+        check_printed_commands()
 
 
 CONNECT = {
@@ -281,6 +308,12 @@ def tls() -> None:
     check_containers(found)
     trust = ssl.create_default_context(cadata=compose("exec", "-T", "flower", "cat", "/run/tls/ca.pem"))
     check_logins({"flower": "demo:demo", "rabbitmq": "demo:demo"}, trust)
+    check_every_client(
+        RABBITMQ_URL="amqps://demo@rabbitmq:5671/demo",
+        REDIS_URL="rediss://demo@redis:6379/0",
+        SSL_CERT_FILE="/run/tls/ca.pem",
+    )
+    check_printed_commands()
     for service in PAGES:
         for context, refusal in ((None, http.client.HTTPException), (ssl.create_default_context(), ssl.SSLError)):
             try:

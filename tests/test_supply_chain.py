@@ -32,7 +32,8 @@ def test_the_image_has_the_locked_packages_and_no_other() -> None:
 
 def test_base_images_have_a_tag() -> None:
     images = re.findall(r"^FROM (\S+)", (ROOT / "worker" / "Dockerfile").read_text(), re.MULTILINE)
-    images += re.findall(r"^ +image: (\S+)", (ROOT / "docker-compose.yml").read_text(), re.MULTILINE)
+    for file in (ROOT / "docker-compose.yml", *(ROOT / "lab").glob("*.yml")):
+        images += re.findall(r"^ +image: (\S+)", file.read_text(), re.MULTILINE)
     assert len(images) >= 5
     for image in images:
         assert re.fullmatch(r"[a-z-]+:\d[\w.-]*", image), image
