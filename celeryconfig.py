@@ -17,6 +17,7 @@ import ssl as _ssl
 from urllib.parse import urlsplit as _urlsplit
 
 from hardening import environment as _environment
+from hardening import publishing as _publishing
 
 _store = _environment.result_store()
 
@@ -33,10 +34,16 @@ if broker_url.startswith("amqps://"):
     broker_use_ssl = {"cert_reqs": _ssl.CERT_REQUIRED, "server_hostname": _urlsplit(broker_url).hostname}
 
 # delay() returns when RabbitMQ has taken the message. Without it, a message lost on the way is lost in silence.
-# Price, tasks a second: redis 16 %, rabbitmq 22 %. Calls that are sent together with task.chunks() pay it once.
-# Drop it if lost tasks do no harm.
+# Price, tasks a second: redis 16 %, rabbitmq 22 %. Calls in a block of hardening.publishing.together() pay it once.
+# Drop it if lost tasks do no harm. on_open gives each wait for RabbitMQ an end; the rest is for a fresh process.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-transport-options
-broker_transport_options = {"confirm_publish": True}
+_attempts = {"interval_start": 0, "interval_step": 0.2, "interval_max": 1}  # seconds between them
+broker_transport_options = {
+    "confirm_publish": True,
+    "on_open": _publishing.on_open,
+    "connect_retries_timeout": _publishing.LIMIT,
+    **_attempts,
+}
 
 # A quorum queue has a message on disk before it confirms it, in a cluster on two of three nodes. The topic exchange
 # lets RabbitMQ itself hold tasks with a countdown, so that retries never block a worker. The name is YOURS, and not
@@ -64,9 +71,10 @@ task_acks_late = True
 task_retry_on_worker_lost = True
 task_reject_on_worker_lost = True
 
-# Keep trying to publish while RabbitMQ restarts (about 20 seconds), then raise OperationalError.
+# Keep trying to publish for 20 seconds, while RabbitMQ restarts, does not answer or blocks publishers. Then the call
+# raises OperationalError: errback sees to that, before the attempts are used up.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#task-publish-retry-policy
-task_publish_retry_policy = {"max_retries": 20, "interval_start": 0, "interval_step": 0.2, "interval_max": 1}
+task_publish_retry_policy = {"max_retries": 60, "errback": _publishing.within_limit, **_attempts}
 
 # JSON only: whoever can write to a queue could run code in a worker that accepts pickle, and in a client.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#accept-content

@@ -1,0 +1,209 @@
+"""Publishing that ends, and publishing many tasks with one wait.
+
+What Celery lacks: delay() waits without end when RabbitMQ is frozen or blocks publishers, and confirms take a round
+trip for each task. RabbitMQ drops an expired task in silence, so that it stays PENDING.
+What this does: each call ends after LIMIT, with OperationalError. Tasks that are sent in a block of together() are
+confirmed together. An expired task still reaches a worker, which stores REVOKED.
+To go back: leave out on_open in broker_transport_options and errback in task_publish_retry_policy. For Celery 5.7.
+"""
+
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from itertools import takewhile
+from types import MethodType
+from typing import Any
+
+from amqp import spec
+from amqp.abstract_channel import AbstractChannel
+from amqp.exceptions import MessageNacked, RecoverableConnectionError
+from celery import Celery
+from celery.signals import after_task_publish, before_task_publish
+from kombu.exceptions import OperationalError
+from kombu.transport import pyamqp
+from vine import ensure_promise
+
+LIMIT = 20.0  # seconds that a call may take while RabbitMQ does not do its part
+CLOSE_LIMIT = 2.0  # seconds; nobody needs this answer
+SLICE = 1.0  # seconds after which to look whether another greenlet has read the answer
+REFUSED_PAUSE = 0.5  # seconds until a refused message is sent again
+
+_until: ContextVar[float] = ContextVar("_until", default=0.0)  # when the call that publishes a task must end
+
+
+# --- One bound for each call ------------------------------------------------------------------------------
+
+
+def bounded_policy(app: Celery) -> dict[str, Any]:
+    """Begin the time limit of a call, and return the app's retry policy, which ends with it."""
+    policy = dict(app.conf.task_publish_retry_policy)
+    _begin(policy)
+    return policy
+
+
+def within_limit(exc: Exception, interval: float) -> None:
+    """Be the retry policy's errback, which kombu calls before each new attempt. Raises OperationalError.
+
+    The connections of a pool share it, and keep it: so it belongs to no call, and looks up its own call's limit.
+    """
+    if 0 < _until.get() <= time.monotonic():
+        raise OperationalError(f"RabbitMQ has not taken the task within {LIMIT:.0f} s: {exc or repr(exc)}") from exc
+    if isinstance(exc, MessageNacked):
+        time.sleep(REFUSED_PAUSE)
+
+
+@before_task_publish.connect
+def _begin(retry_policy: dict[str, Any] | None = None, **_: Any) -> None:
+    """Celery gives each call a copy of its policy. Other apps in the process have policies of their own."""
+    _until.set(time.monotonic() + LIMIT if (retry_policy or {}).get("errback") is within_limit else 0.0)
+
+
+@after_task_publish.connect
+def _end(**_: Any) -> None:
+    _until.set(0.0)
+
+
+def _task_id(message: Any) -> str | None:
+    """Return the id of the task in a message, or nothing if it holds none."""
+    headers = message.properties.get("application_headers") or {}
+    return headers.get("id") if "task" in headers else None
+
+
+# --- The connection ---------------------------------------------------------------------------------------
+
+
+def on_open(connection: Any) -> None:
+    """Prepare a connection to RabbitMQ: py-amqp calls this with each one that it has opened."""
+    connection.Channel = Channel
+    connection.wait = MethodType(_wait, connection)
+    connection.blocked = None
+    connection.on_blocked = partial(setattr, connection, "blocked")
+    connection.on_unblocked = partial(setattr, connection, "blocked", None)
+
+
+def _patience(connection: Any) -> float:
+    """Return the seconds to wait for an answer: what is left of the call, and of a cluster's each server its share."""
+    left = _until.get() - time.monotonic()
+    return min(LIMIT / max(len(connection.client.alt), 1), left if left > 0 else LIMIT)
+
+
+def _give_up(connection: Any, seconds: float) -> None:
+    """Leave a connection whose server does not answer. Raises RecoverableConnectionError: kombu connects anew."""
+    reason = f" ({connection.blocked})" if connection.blocked else ""
+    connection.collect()
+    raise RecoverableConnectionError(f"RabbitMQ has not answered for {seconds:.0f} s{reason}")
+
+
+def _wait(
+    channel: Any, method: Any, callback: Any = None, timeout: float | None = None, returns_tuple: bool = False
+) -> Any:
+    """Wait for an answer as py-amqp does, but not for ever. Raises RecoverableConnectionError."""
+    answer, connection = ensure_promise(callback), channel.connection
+    if connection is None:
+        raise RecoverableConnectionError("the connection is closed")
+    closing = method in (spec.Channel.CloseOk, spec.Connection.CloseOk)
+    seconds = timeout or (CLOSE_LIMIT if closing else _patience(connection))
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return AbstractChannel.wait(channel, method, answer, min(SLICE, seconds), returns_tuple)
+        except TimeoutError:
+            if time.monotonic() >= end:
+                _give_up(connection, seconds)
+
+
+class Channel(pyamqp.Channel):
+    """A channel whose every wait ends, and which counts by itself what RabbitMQ has confirmed."""
+
+    wait = _wait
+    _published = 0  # so many messages; the number of the last one
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unconfirmed: dict[int, Callable[[bool], None]] = {}
+
+    def open(self) -> None:
+        """Open the channel, or open it again when RabbitMQ has closed it: the numbers begin again, too."""
+        self._published = 0
+        self._unconfirmed.clear()
+        super().open()
+
+    def prepare_message(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave out the expiration of a task: RabbitMQ would drop it, and the worker looks at its header anyway."""
+        message = super().prepare_message(*args, **kwargs)
+        if _task_id(message):
+            message.properties.pop("expiration", None)
+        return message
+
+    def publish(
+        self,
+        message: Any,
+        exchange: str,
+        routing_key: str,
+        on_confirm: Callable[[bool], None],
+        mandatory: bool = False,
+    ) -> int:
+        """Publish without a wait, and return the message's number. Raises RecoverableConnectionError.
+
+        on_confirm is called by whoever reads from the connection: with True when RabbitMQ has taken the message, with
+        False when it has refused it. If the channel or the connection is lost before, it is not called.
+        """
+        if self.connection is None:
+            raise RecoverableConnectionError("the connection is closed")
+        if not self._published:
+            self.confirm_select(nowait=True)
+        self._published += 1
+        self._unconfirmed[self._published] = on_confirm
+        number, connection, seconds = self._published, self.connection, _patience(self.connection)
+        try:
+            with connection.transport.having_timeout(seconds):
+                self.send_method(spec.Basic.Publish, "Bssbb", (0, exchange, routing_key, mandatory, False), message)
+        except TimeoutError:  # what it has sent is part of a message
+            _give_up(connection, seconds)
+        return number
+
+    def basic_publish_confirm(
+        self,
+        msg: Any,
+        exchange: str = "",
+        routing_key: str = "",
+        mandatory: bool = False,
+        immediate: bool = False,
+        timeout: float | None = None,
+        confirm_timeout: float | None = None,
+    ) -> None:
+        """Publish, and wait until RabbitMQ has taken the message. Raises MessageNacked or RecoverableConnectionError.
+
+        py-amqp puts this in the place of basic_publish when confirm_publish is set.
+        """
+        taken: list[bool] = []
+        seconds = confirm_timeout or timeout or _patience(self.connection)
+        end = time.monotonic() + seconds
+        number = self.publish(msg, exchange, routing_key, taken.append, mandatory)
+        while number in self._unconfirmed:
+            self.read(seconds, end)
+        if taken != [True]:
+            raise MessageNacked("RabbitMQ has refused the message")
+
+    def read(self, seconds: float, end: float) -> None:
+        """Handle what RabbitMQ sends next. Raises RecoverableConnectionError when nothing came in all the seconds."""
+        connection = self.connection
+        if connection is None or not connection.connected:
+            raise RecoverableConnectionError("the connection is closed")
+        try:
+            connection.drain_events(timeout=min(SLICE, max(end - time.monotonic(), 0.001)))
+        except TimeoutError:
+            if time.monotonic() >= end:
+                _give_up(connection, seconds)
+
+    def _on_basic_ack(self, delivery_tag: int, multiple: bool) -> None:
+        self._settle(delivery_tag, multiple, True)
+
+    def _on_basic_nack(self, delivery_tag: int, multiple: bool) -> None:
+        self._settle(delivery_tag, multiple, False)
+
+    def _settle(self, number: int, multiple: bool, taken: bool) -> None:
+        for each in list(takewhile(number.__ge__, self._unconfirmed)) if multiple else [number]:
+            if on_confirm := self._unconfirmed.pop(each, None):
+                on_confirm(taken)
