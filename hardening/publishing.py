@@ -7,11 +7,15 @@ confirmed together. An expired task still reaches a worker, which stores REVOKED
 To go back: leave out on_open in broker_transport_options and errback in task_publish_retry_policy. For Celery 5.7.
 """
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from threading import get_ident
 from types import MethodType
 from typing import Any
 
@@ -20,6 +24,7 @@ from amqp.abstract_channel import AbstractChannel
 from amqp.exceptions import MessageNacked, RecoverableConnectionError
 from celery import Celery
 from celery.signals import after_task_publish, before_task_publish
+from kombu import Connection
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp
 from vine import ensure_promise
@@ -173,14 +178,25 @@ class Channel(pyamqp.Channel):
         timeout: float | None = None,
         confirm_timeout: float | None = None,
     ) -> None:
-        """Publish, and wait until RabbitMQ has taken the message. Raises MessageNacked or RecoverableConnectionError.
+        """Publish, and wait until RabbitMQ has taken the message; in a block of together(), the block waits.
 
+        Raises MessageNacked or RecoverableConnectionError, after which kombu tries again, and NotPlaced in a block.
         py-amqp puts this in the place of basic_publish when confirm_publish is set.
         """
+        block = _block.get()
+        if block and block.mine() and not mandatory and (task_id := _task_id(msg)):
+            block.send(self.connection.client, _Task(task_id, (msg, exchange, routing_key)))
+        else:
+            self.publish_and_wait(msg, exchange, routing_key, mandatory, confirm_timeout or timeout)
+
+    def publish_and_wait(
+        self, message: Any, exchange: str, routing_key: str, mandatory: bool = False, timeout: float | None = None
+    ) -> None:
+        """Publish, and wait until RabbitMQ has taken it. Raises MessageNacked or RecoverableConnectionError."""
         taken: list[bool] = []
-        seconds = confirm_timeout or timeout or _patience(self.connection)
+        number = self.publish(message, exchange, routing_key, taken.append, mandatory)
+        seconds = timeout or _patience(self.connection)
         end = time.monotonic() + seconds
-        number = self.publish(msg, exchange, routing_key, taken.append, mandatory)
         while number in self._unconfirmed:
             self.read(seconds, end)
         if taken != [True]:
@@ -207,3 +223,190 @@ class Channel(pyamqp.Channel):
         for each in list(takewhile(number.__ge__, self._unconfirmed)) if multiple else [number]:
             if on_confirm := self._unconfirmed.pop(each, None):
                 on_confirm(taken)
+
+
+# --- Many tasks, one wait ---------------------------------------------------------------------------------
+
+WINDOW = 1_000  # tasks that may be unconfirmed at a time: they are kept in memory, to be sent again
+
+
+class NotPlaced(OperationalError):
+    """RabbitMQ did not confirm these tasks. Those that were sent when the connection was lost may have arrived."""
+
+    def __init__(self, ids: list[str], reason: str) -> None:
+        super().__init__(ids, reason)
+        self.ids = ids
+
+    def __str__(self) -> str:
+        """Say how many, and why."""
+        return f"RabbitMQ has not taken {len(self.ids)} of the tasks: {self.args[1]}"
+
+
+@dataclass(eq=False, slots=True)
+class _Task:
+    """A task that is sent."""
+
+    id: str
+    message: tuple[Any, str, str]  # with its exchange and routing key
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Send the tasks that this thread or greenlet queues in the block without a wait for each.
+
+    with together():
+        for page in pages:
+            fetch.delay(page)
+
+    All ways to queue a task count: delay(), apply_async(), groups, chords, chunks. Leaving the block waits until
+    RabbitMQ has confirmed all of them. If the connection is lost, it sends again what is not confirmed, so that a task
+    may run twice. Raises NotPlaced with the ids of what RabbitMQ has not taken for LIMIT seconds, at the end or in the
+    call that finds out. If the block raises, what it has sent is still waited for. A block in a block belongs to it.
+    """
+    outer = _block.get()
+    if outer and outer.mine():
+        yield
+        return
+    block = _Block()
+    token = _block.set(block)
+    try:
+        yield
+    except BaseException as exc:
+        if not_placed := block.end():
+            exc.add_note(str(not_placed))
+        raise
+    else:
+        if not_placed := block.end():
+            raise not_placed
+    finally:
+        _block.reset(token)
+
+
+class _Block:
+    """What one block of together() has sent."""
+
+    def __init__(self) -> None:
+        self.owner: tuple[int, int] | None = (os.getpid(), get_ident())
+        self.lines: dict[tuple[Any, ...], _Line] = {}
+        self.not_placed: dict[str, str] = {}  # ids of tasks, and why
+
+    def mine(self) -> bool:
+        """Tell whether the caller is in the block: a thread, a fork or a later asyncio task may have a copy only."""
+        return self.owner == (os.getpid(), get_ident())
+
+    def send(self, client: Any, task: _Task) -> None:
+        """Send a task to where a connection goes, but not through it: other threads read from it. Raises NotPlaced."""
+        place = (client.virtual_host, client.userid, *(client.alt or [client.host]))
+        if place not in self.lines:
+            self.lines[place] = _Line(client, self.not_placed)
+        self.not_placed.pop(task.id, None)
+        self.lines[place].send(task)
+
+    def end(self) -> NotPlaced | None:
+        """Wait until everything is confirmed, and return what is not."""
+        self.owner = None
+        for line in self.lines.values():
+            with suppress(NotPlaced):
+                line.settle(0)
+            line.connection.release()
+        return NotPlaced(list(self.not_placed), next(iter(self.not_placed.values()))) if self.not_placed else None
+
+
+_block: ContextVar[_Block | None] = ContextVar("_block", default=None)
+
+
+class _Line:
+    """A connection of a block's own to one RabbitMQ, and what is not confirmed there."""
+
+    def __init__(self, client: Any, not_placed: dict[str, str]) -> None:
+        self.connection = Connection(**{**client.info(), "transport_options": dict(client.transport_options)})
+        self.lost: tuple[type[BaseException], ...] = (*self.connection.recoverable_connection_errors, OperationalError)
+        self.refusing: tuple[type[BaseException], ...] = self.connection.channel_errors
+        self.errors = (*self.connection.connection_errors, *self.refusing)
+        self.patience = LIMIT / max(len(client.alt), 1)  # seconds of silence, after which to try the next server
+        self.not_placed = not_placed
+        self.channel: Any = None
+        self.open: dict[_Task, None] = {}
+        self.refused: list[_Task] = []
+        self.singly = False  # send each task by itself, to find out which one RabbitMQ does not take
+
+    def send(self, task: _Task) -> None:
+        """Send a task, and wait if too many are open. Raises NotPlaced."""
+        self.open[task] = None
+        if self.channel:
+            try:
+                self._publish(task)
+            except self.lost:
+                self._hang_up()
+        self.settle(WINDOW // 2 if len(self.open) >= WINDOW else WINDOW)
+
+    def settle(self, most: int) -> None:
+        """Wait until at most so many are open. Raises NotPlaced when there is no progress for LIMIT seconds."""
+        before, reason = len(self.open), "it refuses them"
+        end = quiet = time.monotonic() + LIMIT
+        while self.open and (self.channel is None or len(self.open) > most):
+            try:
+                if self.channel is None:
+                    self._connect(end)
+                    quiet = time.monotonic() + self.patience
+                elif self.singly:
+                    self._send_singly()
+                elif self.refused:
+                    time.sleep(REFUSED_PAUSE)
+                    again, self.refused = self.refused, []
+                    for task in again:
+                        self._publish(task)
+                else:
+                    self.channel.read(self.patience, min(end, quiet))
+            except self.lost as exc:
+                reason = str(exc) or repr(exc)
+                self._hang_up()
+            except self.errors as exc:
+                if self.channel is None or not self.connection.connected:
+                    self._give_up(str(exc))
+                self.singly = True
+            if len(self.open) < before:
+                before, end = len(self.open), time.monotonic() + LIMIT
+                quiet = time.monotonic() + self.patience
+            elif time.monotonic() >= end:
+                self._give_up(reason)
+
+    def _publish(self, task: _Task) -> None:
+        self.channel.publish(*task.message, partial(self._confirmed, task))
+
+    def _confirmed(self, task: _Task, taken: bool) -> None:
+        if taken:
+            self.open.pop(task, None)
+        else:
+            self.refused.append(task)
+
+    def _send_singly(self) -> None:
+        for task in list(self.open):
+            try:
+                self.channel.publish_and_wait(*task.message)
+            except self.refusing as exc:
+                self.not_placed[task.id] = str(exc)
+            self.open.pop(task)
+        self.singly = False
+
+    def _connect(self, end: float) -> None:
+        """Connect, and send again what is open."""
+        seconds: Any = max(end - time.monotonic(), 0.1)
+        self.connection.ensure_connection(interval_start=0, interval_step=1, interval_max=1, timeout=seconds)
+        self.channel = self.connection.channel()
+        if not self.singly:
+            for task in list(self.open):
+                self._publish(task)
+
+    def _hang_up(self) -> None:
+        self.channel = None
+        self.refused.clear()
+        self.connection.collect()
+        self.connection.maybe_switch_next()
+
+    def _give_up(self, reason: str) -> None:
+        ids = [task.id for task in self.open]
+        self.not_placed.update(dict.fromkeys(ids, reason))
+        self.open.clear()
+        self._hang_up()
+        raise NotPlaced(ids, reason)

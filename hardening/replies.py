@@ -14,7 +14,10 @@ from typing import Any, ClassVar
 from celery.backends import rpc
 from celery.result import result_from_tuple
 from celery.utils.collections import BufferMap
+from kombu.common import maybe_declare
 from kombu.exceptions import OperationalError
+
+from .publishing import bounded_policy
 
 _logger = logging.getLogger(__name__)
 
@@ -159,9 +162,11 @@ class ReplyQueueBackend(rpc.RPCBackend):
         After a second it may be gone, with result_expires or RabbitMQ's data; declaring it also renews result_expires.
         In a task Celery declares nothing, and so there is nothing to note.
         """
+        policy = bounded_policy(self.app)
         connection, now = producer.channel.connection, time.monotonic()
         if self.app.current_worker_task or connection is not self._declared[0] or now - self._declared[1] > 1:
-            super().on_task_call(producer, task_id)
+            if not self.app.current_worker_task:
+                maybe_declare(self.binding(producer.channel), retry=True, **policy)
             self._declared = (producer.channel.connection, now)
 
     def _slurp_from_queue(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
