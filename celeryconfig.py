@@ -16,6 +16,7 @@ Above each setting stands the reason for its value, then the result backend that
 import ssl as _ssl
 from urllib.parse import urlsplit as _urlsplit
 
+from hardening import delays as _delays
 from hardening import environment as _environment
 from hardening import publishing as _publishing
 
@@ -45,17 +46,16 @@ broker_transport_options = {
     **_attempts,
 }
 
-# A quorum queue has a message on disk before it confirms it, in a cluster on two of three nodes. The topic exchange
-# lets RabbitMQ itself hold tasks with a countdown, so that retries never block a worker. The name is YOURS, and not
-# Celery's default "celery": a queue of that name may exist already with another type, and RabbitMQ refuses to
-# change it (PRECONDITION_FAILED). Queues named with -Q are of the same kind.
+# A quorum queue has a message on disk before it confirms it, in a cluster on two of three nodes. The name is YOURS, and
+# not Celery's default "celery": a queue of that name may exist already with another type, and RabbitMQ refuses to
+# change it (PRECONDITION_FAILED). Queues named with -Q are of the same kind. The exchange has no name, so that nothing
+# is declared for it that an older version had declared otherwise.
 # Price, tasks a second: redis 25 %, rabbitmq 7 %. Classic queues do if you have one RabbitMQ, and no retries.
 # both - https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html#using-quorum-queues
 task_default_queue = "tasks"
 task_default_queue_type = "quorum"
-task_default_exchange_type = "topic"
+task_default_exchange = ""
 task_create_missing_queue_type = "quorum"
-task_create_missing_queue_exchange_type = "topic"
 
 # --- Tasks ------------------------------------------------------------------------------------------------
 
@@ -82,9 +82,9 @@ accept_content = ["json"]
 
 # --- Worker -----------------------------------------------------------------------------------------------
 
-# Refuses with one line what is no task, and says whether the worker consumes.
+# Refuses with one line what is no task, parks tasks with a countdown in RabbitMQ, and says whether the worker consumes.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#worker-consumer
-worker_consumer = "hardening.consumer:Consumer"
+worker_consumer = _delays.CONSUMER
 
 # Each process holds one task and reserves none, so that an idle worker finds work and a dead one keeps little.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#worker-prefetch-multiplier

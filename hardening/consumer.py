@@ -2,28 +2,44 @@
 
 What Celery lacks: some of these messages it puts into the log as a whole. At others it ends, and RabbitMQ gives the
 message to the next worker, which ends, too: a missing content type is enough, or a time limit that is no pair.
-What this does: each message is checked before Celery sees it. The worker also sends its events together and says
-whether it consumes (events.py, readiness.py).
+What this does: each message is checked before Celery sees it. What is no task is put into the dead-letter queue, and
+so is one that RabbitMQ delivers again and again (dead_letters.py). A task that is not due is parked (delays.py), and
+the loop never waits for the result store (request.py).
 To go back: leave out worker_consumer. For Celery 5.7.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
-from celery import Celery
+from celery import Celery, bootsteps
 from celery.app.task import Context
-from celery.exceptions import InvalidTaskError, NotRegistered
+from celery.exceptions import InvalidTaskError, NotRegistered, WorkerLostError
 from celery.utils.log import get_logger
 from celery.worker import consumer
+from celery.worker.state import revoked
 from kombu.exceptions import ContentDisallowed, DecodeError
 
+from .dead_letters import DELIVERIES, dead_letter_queue, why_dead
+from .delays import delay_queue, seconds_left
 from .events import EventsTogether
+from .moves import Moves, queue_of
 from .readiness import Readiness, refuse_wrong_passwords
+from .request import Request, storing
 
 logger = get_logger(__name__)
 
 # What Celery and Python raise at a value of the wrong kind. Lost connections are none of these.
-MALFORMED = (InvalidTaskError, ContentDisallowed, DecodeError, TypeError, ValueError, LookupError, AttributeError)
+MALFORMED = (
+    InvalidTaskError,
+    ContentDisallowed,
+    DecodeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+)
 
 # The headers that Celery uses without a look at their type.
 HEADERS = {
@@ -39,8 +55,10 @@ HEADERS = {
     "timelimit": list | None,
     "stamps": dict | None,
     "stamped_headers": list | None,
+    "x-delivery-count": int | None,
 }
 NUMBER = (int, float, type(None))
+END_TIMEOUT = 5.0  # seconds
 
 
 def check(message: Any) -> None:
@@ -69,19 +87,47 @@ def check(message: Any) -> None:
                 raise InvalidTaskError(f"the option {name} is {signatures!r:.50}")
 
 
+class LastMoves(bootsteps.StartStopStep):
+    """Waits at the worker's end for outcomes and moves: a message that is not acknowledged comes again."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def stop(self, consumer: Any) -> None:
+        """Wait for what is parked; with the connection, the acknowledgements are lost, too."""
+        if consumer.connection:
+            consumer.moves.beside.wait(END_TIMEOUT)
+
+    def shutdown(self, consumer: Any) -> None:
+        """Wait for the outcomes of the tasks that the stopped worker has waited for."""
+        if storing.wait(END_TIMEOUT):
+            consumer.moves.beside.wait(END_TIMEOUT)
+
+
 class Consumer(consumer.Consumer):
-    """Celery's consumer of tasks, which survives what is no task."""
+    """Celery's consumer of tasks, which survives what is no task, and parks what is not due."""
 
     connection_errors: tuple[type[Exception], ...]
 
     class Blueprint(consumer.Consumer.Blueprint):
-        """Celery's steps, and ours."""
+        """Celery's steps without its delayed delivery, and ours."""
 
-        default_steps: ClassVar = [*consumer.Consumer.Blueprint.default_steps, EventsTogether, Readiness]
+        default_steps: ClassVar = [
+            *(step for step in consumer.Consumer.Blueprint.default_steps if "delayed_delivery" not in step),
+            EventsTogether,
+            LastMoves,
+            Readiness,
+        ]
 
     def __init__(self, *args: Any, app: Celery, **kwargs: Any) -> None:
         refuse_wrong_passwords(app)
+        self.moves, Request.consumer = Moves(self), self
         super().__init__(*args, app=app, **kwargs)
+
+    def call_soon_ack(self, p: Any, *args: Any, **kwargs: Any) -> Any:
+        """Acknowledge at once when the event loop, which does it otherwise, has ended."""
+        if self.hub and self.blueprint.state != bootsteps.RUN:
+            return p(*args, **kwargs)
+        return super().call_soon_ack(p, *args, **kwargs)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         """Return what handles a message."""
@@ -90,18 +136,71 @@ class Consumer(consumer.Consumer):
         def handle_or_refuse(message: Any) -> None:
             try:
                 check(message)
-                handle(message)
+                if not self.give_up(message) and not self.park(message):
+                    handle(message)
             except MALFORMED as exc:
                 self.refuse(message, exc)
 
         return handle_or_refuse
 
+    def update_strategies(self) -> None:
+        """Tell each task that has no request class of its own to take ours."""
+        for task in self.app.tasks.values():
+            if task.Request == "celery.worker.request:Request":
+                task.Request = Request
+        super().update_strategies()
+
+    def park(self, message: Any) -> bool:
+        """Put a task that is not due into a delay queue of its queue, and tell whether that was so.
+
+        It is also made sure that its retries stay in this queue: Celery sends them to the exchange that the task came
+        from, which may have more queues.
+        """
+        queue = queue_of(self, message)
+        if (
+            queue is None or queue.auto_delete or queue.exclusive
+        ):  # it does not outlive this worker, and nor do its tasks
+            return False
+        message.delivery_info.update(exchange="", routing_key=queue.name)
+        eta, left = message.headers.get("eta"), 0.0
+        if eta and message.headers["id"] not in revoked and (left := seconds_left(eta, self.app)) > 0:
+            self.moves.move(message, delay_queue(queue.name, left, message.properties.get("priority")))
+        return left > 0
+
+    def give_up(self, message: Any) -> bool:
+        """Put a task that was delivered too often into the dead-letter queue, and tell whether that was so.
+
+        Its worker ended each time, or it rejects itself; RabbitMQ would drop it soon, and nobody would know.
+        """
+        deliveries = message.headers.get("x-delivery-count") or 0
+        if deliveries < DELIVERIES:
+            return False
+        reason = f"given up after {deliveries} deliveries: its worker ended, or it was rejected, each time"
+        logger.error("Task %r[%r]: %s", message.headers["task"], message.headers["id"], reason)
+        self.bury(message, reason)
+        self.fail(message, WorkerLostError(f"{reason}. It is in the queue {dead_letter_queue(self.app).name}."))
+        return True
+
+    def bury(self, message: Any, reason: str) -> None:
+        """Put a message into the dead-letter queue."""
+        queue = queue_of(self, message)
+        self.moves.move(message, dead_letter_queue(self.app), why_dead(queue.name if queue else "", reason))
+
+    def fail(self, message: Any, exc: Exception) -> None:
+        """Tell the client, which waits for the result, once the store is there."""
+        headers, properties = message.headers, message.properties
+        request = Context(headers, reply_to=properties.get("reply_to"), correlation_id=properties.get("correlation_id"))
+        store = not headers.get("ignore_result")
+        storing.do_until_done(
+            partial(self.app.backend.mark_as_failure, headers["id"], exc, request=request, store_result=store)
+        )
+
     def refuse(self, message: Any, reason: object) -> None:
-        """Log one line and reject the message: RabbitMQ drops it, or dead-letters it where a policy says so."""
+        """Log one line and put the message into the dead-letter queue."""
         task_id, reason = (message.headers or {}).get("id"), str(reason).strip().partition("\n")[0]
         logger.error("Refused a message that is no task of this app, id %.100r: %.300s", task_id, reason)
         if not message.acknowledged:
-            message.reject_log_error(logger, self.connection_errors)
+            self.bury(message, f"refused: {reason:.300}")
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """Refuse what cannot be decompressed."""
@@ -112,8 +211,6 @@ class Consumer(consumer.Consumer):
         self.refuse(message, exc)
 
     def on_unknown_task(self, body: object, message: Any, exc: Exception) -> None:
-        """Refuse a task that this worker does not know, and tell the client, which waits for the result."""
+        """Refuse a task that this worker does not know."""
         self.refuse(message, f"no task is called {exc}")
-        headers, properties = message.headers, message.properties
-        request = Context(headers, reply_to=properties.get("reply_to"), correlation_id=properties.get("correlation_id"))
-        self.app.backend.mark_as_failure(headers["id"], NotRegistered(headers["task"]), request=request)
+        self.fail(message, NotRegistered(message.headers["task"]))

@@ -1,0 +1,142 @@
+"""The worker puts a message into another queue, and never waits for it in its loop.
+
+What Celery lacks: a worker can acknowledge or reject a message, but not put it elsewhere without the risk of losing it.
+What this does: one thread beside the loop publishes the message over a connection of its own, and acknowledges the
+original once RabbitMQ has confirmed the copy. A connection of its own, because RabbitMQ blocks one that publishes while
+its memory is short, and the worker could acknowledge nothing more.
+To go back: leave out worker_consumer. For Celery 5.7.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import amqp
+from celery.utils.log import get_logger
+from kombu import Queue
+from kombu.compression import compress
+from kombu.exceptions import OperationalError
+
+logger = get_logger(__name__)
+
+ANSWER_TIMEOUT = 60.0  # seconds; then the connection is made anew
+PAUSE = 1.0  # seconds between attempts
+
+# What RabbitMQ writes into a message that it delivered again or dead-lettered: a copy starts afresh.
+HISTORY = ("x-death", "x-delivery-count", "x-acquired-count", "x-opt-", "x-first-death-", "x-last-death-")
+
+
+class Beside:
+    """Does jobs in their order, in one daemon thread (a greenlet with gevent) that starts with the first of them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._jobs: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._started = threading.Lock()
+
+    def do(self, job: Callable[[], object]) -> None:
+        """Do it later. An exception is logged."""
+        self._jobs.put(job)
+        if self._started.acquire(blocking=False):
+            threading.Thread(target=self._run, name=self.name, daemon=True).start()
+
+    def do_until_done(self, job: Callable[[], object]) -> None:
+        """Do it later, and again after what else there is when it fails."""
+
+        def attempt() -> None:
+            try:
+                job()
+            except Exception as exc:
+                logger.warning("%s: %s; trying again.", self.name, exc)
+                time.sleep(PAUSE)
+                self.do(attempt)
+
+        self.do(attempt)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until the jobs of this moment are done, and tell whether they are. timeout in seconds."""
+        if not self._started.locked():
+            return True
+        done = threading.Event()
+        self._jobs.put(done.set)
+        return done.wait(timeout)
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            try:
+                job()
+            except Exception:
+                logger.exception("%s: a job failed", self.name)
+
+
+def queue_of(consumer: Any, message: Any) -> Queue | None:
+    """Return the queue that a message was consumed from: a routing key or an exchange does not tell."""
+    tasks = consumer.task_consumer
+    for name, tag in tasks._active_tags.items() if tasks else ():
+        if tag == message.delivery_info.get("consumer_tag"):
+            queue: Queue = tasks._queues[name]
+            return queue
+    return None
+
+
+def copy(message: Any, headers: dict[str, Any]) -> amqp.Message:
+    """Return a message as it was published, with these headers added. It expires no more: it was delivered in time."""
+    body = message.body
+    if (compression := message.headers.get("compression")) and not message.errors:
+        body, _ = compress(body, compression)
+    own = {name: value for name, value in message.headers.items() if not name.startswith(HISTORY)}
+    kept = {name: value for name, value in message.properties.items() if name != "expiration"}
+    return amqp.Message(body, **{**kept, "delivery_mode": 2, "application_headers": {**own, **headers}})
+
+
+class Moves:
+    """Moves messages to other queues, one after the other, each confirmed."""
+
+    def __init__(self, consumer: Any) -> None:
+        self.consumer, self.beside = consumer, Beside("moves")
+        self._connection: Any = None
+        self._declared: set[str] = set()
+
+    def move(
+        self, message: Any, to: Queue, headers: dict[str, Any] | None = None, after: Callable[[], object] | None = None
+    ) -> None:
+        """Put a message into the queue to, then acknowledge it, then call after.
+
+        If its connection is lost before that, RabbitMQ delivers it again, and it is moved then.
+        """
+        channel = message.channel
+        self.beside.do(partial(self._move, message, channel, to, copy(message, headers or {}), after))
+
+    def _move(self, message: Any, channel: Any, to: Queue, content: amqp.Message, after: Any) -> None:
+        while not self._publish(to, content):
+            if channel.connection is None and not message.acknowledged:
+                return
+            time.sleep(PAUSE)
+        if not message.acknowledged:
+            self.consumer.call_soon_ack(message.ack_log_error, logger, self.consumer.connection_errors)
+        if after:
+            after()
+
+    def _publish(self, to: Queue, content: amqp.Message) -> bool:
+        try:
+            if self._connection is None:
+                connection = self.consumer.app.connection_for_write()
+                connection.transport_options = {**connection.transport_options, "confirm_publish": True}
+                self._declared.clear()
+                self._connection = connection.ensure_connection(max_retries=1, timeout=ANSWER_TIMEOUT)
+            channel = self._connection.default_channel
+            if to.name not in self._declared:
+                to(channel).queue_declare()
+                self._declared.add(to.name)
+            channel.basic_publish(content, routing_key=to.name, mandatory=True, timeout=ANSWER_TIMEOUT)
+        except (amqp.AMQPError, OSError, OperationalError) as exc:
+            logger.warning("A message could not be put into the queue %s (%s); trying again.", to.name, exc)
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.collect()
+            return False
+        return True
