@@ -3,13 +3,15 @@
 What Celery lacks: either a worker holds them, and a few block it, or 28 queues of RabbitMQ do. Then a retry leaves its
 queue, a delay below a second fails, a queue gets those of another whose name ends alike, and one misspelt queue stops
 all of them.
-What this does: they are sent like any task. A worker that receives one too early parks it: it puts it into a queue
-that belongs to its own queue and to one delay, and from which RabbitMQ returns it after that. The delays are powers of
-two, so that a task is parked a few times. A task from any other client, and a year far off, is parked like these.
+What this does: such a task is put into a queue that belongs to its own queue and to one delay, and from which RabbitMQ
+returns it when it is due. The client does that (publishing.py); a worker does it with a task that it gets too early,
+from another client, or because its delay is longer than a minute and takes more than one such queue.
 To go back: leave out worker_consumer and the import of this module, and set the exchange type to topic.
 For Celery 5.7.
 """
 
+import math
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,8 +23,10 @@ from kombu import Queue
 
 CONSUMER = "hardening.consumer:Consumer"  # worker_consumer
 
-# Milliseconds. A task is late by less than the first one; the last one is 14 hours.
-DELAYS = [100 * 2**n for n in range(20)]
+EXACT = 60  # seconds; shorter delays take one queue
+LONGEST = 2**20  # seconds, twelve days; then the rest of the delay follows
+UNUSED = 86_400  # seconds after which a delay queue that is not used any more is deleted
+DECLARE_AGAIN = 600  # seconds
 
 
 def _detect_quorum_queues(app: Celery, driver_type: str) -> tuple[bool, str]:
@@ -35,25 +39,48 @@ def _detect_quorum_queues(app: Celery, driver_type: str) -> tuple[bool, str]:
 vars(_base)["detect_quorum_queues"] = _detect_quorum_queues
 
 
-def seconds_left(eta: Any, app: Celery) -> float:
-    """Return the seconds until eta, the header of a task message. Raises what Celery does at one that is no date."""
-    due: datetime = maybe_make_aware(maybe_iso8601(eta), app.conf.timezone)  # type: ignore[arg-type]
-    return (due - datetime.now(UTC)).total_seconds()
+def seconds_left(eta: Any, app: Celery | None = None) -> float:
+    """Return the seconds until eta, the header of a task message. Raises what Celery does at one that is no date.
 
-
-def delay_queue(queue: str, seconds: float, priority: int = 0) -> Queue:
-    """Return the queue that holds a task for at most that long, and then returns it to its own queue.
-
-    It never expires: its tasks would go with it. Priorities have queues of their own, or a task with a higher one would
-    stand before those that are due.
+    One without a time zone is in the app's. Without an app, it is left to the worker: 0.
     """
-    delay = max([delay for delay in DELAYS if delay <= seconds * 1000], default=DELAYS[0])
+    due: Any = maybe_iso8601(eta)
+    if app is None and due.tzinfo is None:
+        return 0.0
+    due = maybe_make_aware(due, app.conf.timezone if app else UTC)
+    seconds: float = (due - datetime.now(UTC)).total_seconds()
+    return seconds
+
+
+def milliseconds(seconds: float) -> int:
+    """Return how long the next delay queue holds a task that is due in so many seconds.
+
+    Up to a minute it is rounded up, to half a second, or below a second to a tenth: no task is early, or late by more.
+    Above, it is the three leading bits, so that few queues serve all delays; the rest follows.
+    """
+    if seconds > EXACT:
+        whole = min(int(seconds), LONGEST)
+        bits = whole.bit_length() - 3
+        return (whole >> bits << bits) * 1000
+    step = 100 if seconds < 1 else 500
+    return max(math.ceil(seconds * 1000 / step), 1) * step
+
+
+def delay_queue(queue: str, seconds: float, priority: int | None = None) -> Queue:
+    """Return the queue from which RabbitMQ returns a task to its own queue when its delay, or most of it, is over.
+
+    Whoever uses it declares it again each DECLARE_AGAIN seconds, so that it is never deleted with a task in it, unless
+    the task's own queue is missing for UNUSED seconds. Priorities have queues of their own, or a task with a higher
+    one would stand before those that are due.
+    """
+    delay = milliseconds(seconds)
     return Queue(
         f"{queue}.delay.{delay}ms" + (f".priority{priority}" if priority else ""),
         durable=True,
         queue_arguments={
             "x-queue-type": "quorum",
             "x-message-ttl": delay,
+            "x-expires": delay + UNUSED * 1000,
             "x-dead-letter-exchange": "",
             "x-dead-letter-routing-key": queue,
             # A task stays until RabbitMQ has it in its own queue again.
@@ -61,3 +88,16 @@ def delay_queue(queue: str, seconds: float, priority: int = 0) -> Queue:
             "x-overflow": "reject-publish",
         },
     )
+
+
+class Declared:
+    """The delay queues that were declared on one channel, and when."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, float] = {}
+
+    def declare(self, queue: Queue, channel: Any) -> None:
+        """Declare a queue, unless that was done a short while ago. Raises what the channel does."""
+        if time.monotonic() - self._at.get(queue.name, -DECLARE_AGAIN) >= DECLARE_AGAIN:
+            queue(channel).queue_declare()
+            self._at[queue.name] = time.monotonic()

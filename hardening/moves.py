@@ -20,6 +20,8 @@ from kombu import Queue
 from kombu.compression import compress
 from kombu.exceptions import OperationalError
 
+from .delays import Declared
+
 logger = get_logger(__name__)
 
 ANSWER_TIMEOUT = 60.0  # seconds; then the connection is made anew
@@ -99,7 +101,7 @@ class Moves:
     def __init__(self, consumer: Any) -> None:
         self.consumer, self.beside = consumer, Beside("moves")
         self._connection: Any = None
-        self._declared: set[str] = set()
+        self._declared = Declared()
 
     def move(
         self, message: Any, to: Queue, headers: dict[str, Any] | None = None, after: Callable[[], object] | None = None
@@ -126,12 +128,10 @@ class Moves:
             if self._connection is None:
                 connection = self.consumer.app.connection_for_write()
                 connection.transport_options = {**connection.transport_options, "confirm_publish": True}
-                self._declared.clear()
+                self._declared = Declared()
                 self._connection = connection.ensure_connection(max_retries=1, timeout=ANSWER_TIMEOUT)
             channel = self._connection.default_channel
-            if to.name not in self._declared:
-                to(channel).queue_declare()
-                self._declared.add(to.name)
+            self._declared.declare(to, channel)
             channel.basic_publish(content, routing_key=to.name, mandatory=True, timeout=ANSWER_TIMEOUT)
         except (amqp.AMQPError, OSError, OperationalError) as exc:
             logger.warning("A message could not be put into the queue %s (%s); trying again.", to.name, exc)

@@ -24,10 +24,12 @@ from amqp.abstract_channel import AbstractChannel
 from amqp.exceptions import MessageNacked, RecoverableConnectionError
 from celery import Celery
 from celery.signals import after_task_publish, before_task_publish
-from kombu import Connection
+from kombu import Connection, Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp
 from vine import ensure_promise
+
+from .delays import Declared, delay_queue, seconds_left
 
 LIMIT = 20.0  # seconds that a call may take while RabbitMQ does not do its part
 CLOSE_LIMIT = 2.0  # seconds; nobody needs this answer
@@ -127,6 +129,7 @@ class Channel(pyamqp.Channel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._unconfirmed: dict[int, Callable[[bool], None]] = {}
+        self._declared = Declared()
 
     def open(self) -> None:
         """Open the channel, or open it again when RabbitMQ has closed it: the numbers begin again, too."""
@@ -183,11 +186,24 @@ class Channel(pyamqp.Channel):
         Raises MessageNacked or RecoverableConnectionError, after which kombu tries again, and NotPlaced in a block.
         py-amqp puts this in the place of basic_publish when confirm_publish is set.
         """
+        if not exchange and (delay := self._delay_queue(msg, routing_key)):
+            self._declared.declare(delay, self)
+            routing_key = delay.name
         block = _block.get()
         if block and block.mine() and not mandatory and (task_id := _task_id(msg)):
             block.send(self.connection.client, _Task(task_id, (msg, exchange, routing_key)))
         else:
             self.publish_and_wait(msg, exchange, routing_key, mandatory, confirm_timeout or timeout)
+
+    @staticmethod
+    def _delay_queue(message: Any, queue: str) -> Queue | None:
+        """Return where a task waits until it is due; nothing if it is, or if that is left to the worker."""
+        headers = message.properties.get("application_headers") or {}
+        if "task" in headers and headers.get("eta") and ".delay." not in queue:
+            with suppress(ValueError, TypeError, OverflowError):  # no date: the worker refuses it
+                if (left := seconds_left(headers["eta"])) > 0:
+                    return delay_queue(queue, left, message.properties.get("priority"))
+        return None
 
     def publish_and_wait(
         self, message: Any, exchange: str, routing_key: str, mandatory: bool = False, timeout: float | None = None

@@ -17,7 +17,8 @@ from kombu import Exchange
 
 import witness
 from hardening.consumer import Consumer
-from hardening.delays import DELAYS, delay_queue
+from hardening.delays import milliseconds
+from hardening.publishing import together
 from lab.servers import ROOT, Worker, wait_until
 from tests.conftest import Stack
 from tests.test_json_only import publish, task_message
@@ -123,7 +124,7 @@ def test_a_queue_without_a_worker_stops_nobody_else_and_keeps_its_tasks(
 
 
 def test_a_queue_that_lost_its_worker_keeps_its_tasks(stack: Stack, env: dict[str, str], app: Any) -> None:
-    """They are parked, and their queue is deleted and comes back."""
+    """They are parked, and their queue is deleted. When it comes back, RabbitMQ tries again within three minutes."""
     with (
         Worker(stack.logs / "w.log", "--include", "jobs", env=env),
         witness.rabbitmq_channel(stack.broker_url) as channel,
@@ -134,8 +135,8 @@ def test_a_queue_that_lost_its_worker_keeps_its_tasks(stack: Stack, env: dict[st
         channel.queue_delete("gone")
         time.sleep(9)  # they become due
         assert app.send_task("jobs.where", countdown=0.5).get(timeout=30)[0] == "tasks"
-        with Worker(stack.logs / "again.log", "-Q", "gone", "--include", "jobs", env=env):
-            assert {result.get(timeout=60)[0] for result in left} == {"gone"}
+        kept = [queue["messages"] for queue in stack.rabbitmq.queues(stack.vhost) if "gone.delay" in queue["name"]]
+        assert sum(kept) == len(left)
 
 
 def parked(stack: Stack, queue: str) -> int:
@@ -205,10 +206,11 @@ def test_what_a_task_is_sent_with_returns_with_it(stack: Stack, env: dict[str, s
         options: dict[str, Any] = {"compression": "gzip", "priority": 7, "headers": {"mine": "x" * 2000}}
         result = app.send_task("jobs.where", ["y" * 5000], countdown=20, **options)
         with witness.rabbitmq_channel(stack.broker_url) as channel:
-            queue = "tasks.delay.12800ms.priority7"
+            queue = "tasks.delay.20000ms.priority7"
             wait_until(lambda: parked(stack, "tasks"), "parked")
             _, properties, body = channel.basic_get(queue, auto_ack=True)
-            assert properties and properties.headers
+            assert properties
+            assert properties.headers
             assert (properties.priority, properties.headers["mine"]) == (7, "x" * 2000)
             assert len(body) < 500
             del properties.headers["eta"]
@@ -225,9 +227,24 @@ def test_many_at_once_are_parked_and_return_in_time(stack: Stack, env: dict[str,
         wait_until(lambda: parked(stack, "tasks") == 0, "no copy is left")
 
 
-def test_the_delays() -> None:
-    for seconds, milliseconds in [(-1, 100), (0.01, 100), (0.25, 200), (5, 3200), (10**9, DELAYS[-1])]:
-        assert delay_queue("q", seconds).queue_arguments["x-message-ttl"] == milliseconds
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    {-1: 100, 0.01: 100, 0.25: 300, 0.999: 1000, 1: 1000, 2.2: 2500, 60: 60_000, 100: 96_000, 3600: 3_584_000}.items(),
+)
+def test_the_delays(seconds: float, expected: int) -> None:
+    assert milliseconds(seconds) == expected
+
+
+def test_a_delay_up_to_a_minute_needs_no_worker(stack: Stack, env: dict[str, str], app: Any) -> None:
+    """The client parks it, and RabbitMQ alone puts it into its queue, from which no worker takes it yet."""
+    app.send_task("jobs.where", countdown=0.7)
+    with together():
+        app.send_task("jobs.where", countdown=0.7)
+    assert parked(stack, "tasks") == 2
+    with witness.rabbitmq_channel(stack.broker_url) as channel:
+        wait_until(lambda: channel.queue_declare("tasks", passive=True).method.message_count == 2, "due")
+    with Worker(stack.logs / "w.log", "--include", "jobs", env=env) as worker:
+        wait_until(lambda: worker.log.read_text().count(" succeeded in ") == 2, "run")
 
 
 # --- The parts of Celery that it changes ------------------------------------------------------------------
