@@ -8,6 +8,8 @@ import warnings
 
 import celery
 
+from . import compression  # noqa: F401
+
 VERSION = "2.0.0"  # of the copied files: compare it with CHANGELOG.md
 TESTED_WITH = "5.7"  # the minor version of Celery whose inner parts these modules use
 

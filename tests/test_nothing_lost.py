@@ -88,7 +88,7 @@ def test_get_ends_when_rabbitmq_does_not_answer(rabbitmq_stack: Stack) -> None:
 
 
 def test_a_worker_goes_on_when_redis_was_away(redis_stack: Stack) -> None:
-    """Results that are ready while Redis is down are written when it is back; without always_retry they are lost."""
+    """Results that are ready while Redis is down are written when it is back."""
     with Proxy(redis_stack.redis_url) as redis:
         away = replace(redis_stack, redis_url=redis.url())
         with Worker(redis_stack.logs / "w.log", env=away.env) as worker:
@@ -96,7 +96,7 @@ def test_a_worker_goes_on_when_redis_was_away(redis_stack: Stack) -> None:
             results = [tasks.nap.delay(1) for _ in range(6)]
             wait_until(lambda: worker.says(" succeeded in "), "a first result")
             redis.cut()
-            wait_until(lambda: worker.says("Retrying"), "the worker noticed")
+            wait_until(lambda: worker.says("Redis is away"), "the worker noticed")
             time.sleep(8)  # longer than redis-py itself tries
             redis.restore()
             assert _fetch(results) == [1] * 6
@@ -246,37 +246,6 @@ def test_an_error_in_on_message_leaves_the_result_to_the_next_get(stack: Stack, 
         with pytest.raises(RuntimeError, match="in the caller's own code"):
             result.get(timeout=30, on_message=fail)
         assert result.get(timeout=30) == 3
-
-
-def test_threads_that_come_and_go_fetch_their_results(stack: Stack, loaded: ModuleType) -> None:
-    """A new thread gets the identity of an ended one, and so its reply queue; a server's request threads do."""
-    fetched: list[object] = []
-    with Worker(stack.logs / "w.log", env=stack.env):
-        for number in range(8):
-            thread = threading.Thread(target=lambda n=number: fetched.append(loaded.add.delay(n, n).get(timeout=20)))
-            thread.start()
-            thread.join(30)
-    assert fetched == [0, 2, 4, 6, 8, 10, 12, 14]
-
-
-def test_a_new_thread_polls_although_an_ended_one_had_consumed(rabbitmq_stack: Stack) -> None:
-    tasks = rabbitmq_stack.load("tasks")
-
-    def fetch() -> None:
-        assert tasks.add.delay(1, 1).get(timeout=20) == 2
-
-    def poll() -> None:
-        result = tasks.add.delay(2, 2)
-        wait_until(result.ready, "the state")
-
-    with Worker(rabbitmq_stack.logs / "w.log", env=rabbitmq_stack.env):
-        oids = []
-        for action in (fetch, poll):
-            with ThreadPoolExecutor(1) as client:
-                oids.append(client.submit(lambda: tasks.app.thread_oid).result())
-                client.submit(action).result()
-    if oids[0] != oids[1]:
-        pytest.skip("this system gave the second thread another identity, and so another reply queue")
 
 
 def test_the_reply_queue_is_declared_when_it_may_be_gone_and_not_with_each_call(
