@@ -38,11 +38,11 @@ if broker_url.startswith("amqps://"):
 # Price, tasks a second: redis 16 %, rabbitmq 22 %. Calls in a block of hardening.publishing.together() pay it once.
 # Drop it if lost tasks do no harm. on_open gives each wait for RabbitMQ an end; the rest is for a fresh process.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-transport-options
-_attempts = {"interval_start": 0, "interval_step": 0.2, "interval_max": 1}  # seconds between them
+_attempts = {"interval_start": 0, "interval_step": 0.2, "interval_max": 1, "errback": _publishing.within_limit}
 broker_transport_options = {
     "confirm_publish": True,
     "on_open": _publishing.on_open,
-    "connect_retries_timeout": _publishing.LIMIT,
+    "connect_retries_timeout": _publishing.LIMIT + 5,
     **_attempts,
 }
 
@@ -74,7 +74,7 @@ task_reject_on_worker_lost = True
 # Keep trying to publish for 20 seconds, while RabbitMQ restarts, does not answer or blocks publishers. Then the call
 # raises OperationalError: errback sees to that, before the attempts are used up.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#task-publish-retry-policy
-task_publish_retry_policy = {"max_retries": 60, "errback": _publishing.within_limit, **_attempts}
+task_publish_retry_policy = {"max_retries": 60, **_attempts}
 
 # JSON only: whoever can write to a queue could run code in a worker that accepts pickle, and in a client.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#accept-content
