@@ -462,26 +462,22 @@ def multiples(run: dict[str, Any], store: str, settings: str, quantity: str = "t
     return ratios(figures.get(settings, {}).get(quantity), figures.get(OURS, {}).get(quantity))
 
 
-NOISE = "within the noise"
-
-
 def price(run: dict[str, Any], settings: str) -> str:
     """Return what celeryconfig.py says above a setting: how many of the tasks a second it takes.
 
     It is a price, or a gain, if all rounds say so and their median is 5 % or more.
     """
-    parts = {}
+    parts = []
     for store in STORES:
         if found := multiples(run, store, settings):
             percent = round((1 - 1 / statistics.median(found)) * 100)
             if percent >= 5 and min(found) > 1:
-                parts[store] = f"{percent} %"
+                parts.append(f"{store} {percent} %")
             elif percent <= -5 and max(found) < 1:
-                parts[store] = f"a gain of {-percent} %"
+                parts.append(f"{store} a gain of {-percent} %")
             else:
-                parts[store] = NOISE
-    prices = NOISE if set(parts.values()) == {NOISE} else ", ".join(f"{store} {part}" for store, part in parts.items())
-    return f"Price, tasks a second: {prices}."
+                parts.append(f"{store} none")
+    return f"Price, tasks a second: {', '.join(parts)}."
 
 
 def price_table(run: dict[str, Any]) -> list[str]:
@@ -589,7 +585,7 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmark: stopped"))  # clean up then, too
     signal.signal(signal.SIGALRM, time_is_up)
-    signal.alarm(LIMIT - 10)  # they are needed to clean up
+    signal.alarm(0 if options.quick else LIMIT - 10)  # they are needed to clean up; --quick ends by itself
     try:
         run = measure(QUICK if options.quick else Sizes())
     except (OSError, RuntimeError, redis.RedisError) as exc:

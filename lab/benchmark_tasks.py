@@ -27,12 +27,7 @@ class Price:
 
 
 NOT_CONFIRMED: dict[str, Any] = {"broker_transport_options": {}}
-CLASSIC = {
-    "task_default_queue_type": "classic",
-    "task_default_exchange_type": "direct",
-    "task_create_missing_queue_type": "classic",
-    "task_create_missing_queue_exchange_type": "direct",
-}
+CLASSIC = {"task_default_queue_type": "classic", "task_default_exchange_type": "direct"}
 PRICES = {
     "publishing is not confirmed": Price(NOT_CONFIRMED),
     "classic queue, not quorum": Price(CLASSIC),
@@ -41,7 +36,6 @@ PRICES = {
         {"task_acks_late": False, "task_reject_on_worker_lost": None, "task_retry_on_worker_lost": False}
     ),
     "prefetch 4, not 1": Price({"worker_prefetch_multiplier": 4}),
-    "no time limit": Price({"task_time_limit": None}),
     "result without name and arguments": Price({"result_extended": False}),
     "no retries, no time-outs for Redis": Price(
         {

@@ -17,7 +17,7 @@ from celery.exceptions import TimeoutError as ResultTimeout
 
 from tasks import app
 
-TIMEOUT = 30.0  # seconds; what takes longer could not be observed
+TIMEOUT = 120.0  # seconds; what takes longer could not be observed
 PATIENCE = 2.0  # seconds; a result that is stored already, and does not come by then, never comes
 
 

@@ -24,7 +24,7 @@ from lab.behaviours import BEHAVIOURS, in_thread
 from lab.client import TIMEOUT, describe
 from lab.servers import ROOT, STORES, Worker, markdown, own_servers
 
-RUN_TIMEOUT = 120.0  # seconds for everything that the clients observe
+RUN_TIMEOUT = 600.0  # seconds for everything that the clients observe; on a quiet machine it takes one minute
 
 
 def observe() -> None:

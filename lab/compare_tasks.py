@@ -7,7 +7,7 @@ from celery import Task
 
 from tasks import add, app
 
-EXPIRES = 2  # seconds
+EXPIRES = 5  # seconds; long enough to be seen before
 
 
 class OutOfStock(Exception):

@@ -1,4 +1,4 @@
-"""The client of the fault run and of the load run: it queues, fetches, and carries on whatever happens.
+"""The client of the fault run: it queues, fetches, and carries on whatever happens.
 
 python -m lab.fault_client stream 1000     queue that many tasks, and fetch their results meanwhile
 python -m lab.fault_client queue 1000      queue them, print their ids, and wait to be killed

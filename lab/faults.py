@@ -1,16 +1,22 @@
 """Break one thing at a time while tasks run, and count what becomes of them.
 
 It runs on the host and needs nothing there but Docker and Python 3.11. It starts the demo's services in a Compose
-project of its own, beside a running demo, and removes it in the end. The whole takes about half an hour.
+project of its own, beside a running demo, and removes it in the end.
 
-python3 -m lab.faults                               everything on both stores, then a table
+python3 -m lab.faults                               everything on both stores, then a table: half an hour
 python3 -m lab.faults redis-killed worker-killed    these faults only; --help lists them
 python3 -m lab.faults --store rabbitmq              one store only
+python3 -m lab.faults --load                        nothing breaks: does anything grow without end? 40 minutes
+python3 -m lab.faults --load 3                      the same with 3 minutes of steady load in place of 10
+
+--load queues 2,000 tasks for each minute at once, and fetches them; then, for so many minutes, it queues 20 tasks a
+second and never reads each tenth result. Results expire after 4 minutes.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -28,23 +34,19 @@ STORES = ("redis", "rabbitmq")
 TASKS = 1000
 AWAY = 20  # seconds for which a server is away, or a network cut
 TIMEOUT = 300.0  # seconds that any single thing may take
+BURST, RATE = 2_000, 20  # with --load: tasks at once for each minute, then tasks a second
+EXPIRES = 240  # seconds until a result expires with --load
 
 
 class Failed(Exception):
     """The run itself has failed; the message says what."""
 
 
-def failed(run: str, reason: BaseException) -> int:
-    """Say in one line why a run has failed, or that it was interrupted, and return its exit code."""
-    print(f"\n{run}: {str(reason) or 'interrupted'}", file=sys.stderr)
-    return 1
-
-
 class Stack:
     """The demo's services in a Compose project of their own."""
 
-    def __init__(self, store: str, purpose: str, **env: str) -> None:
-        self.store, self.project = store, f"celery-result-backends-{purpose}-{store}"
+    def __init__(self, store: str, **env: str) -> None:
+        self.store, self.project = store, f"celery-result-backends-faults-{store}"
         own = {"COMPOSE_PROJECT_NAME": self.project, "RESULT_STORE": store, "FLOWER_PORT": "0", "RABBITMQ_PORT": "0"}
         self.env = {**os.environ, "COMPOSE_DISABLE_ENV_FILE": "1", **own, **env}
 
@@ -236,7 +238,7 @@ def raise_memory_alarm(stack: Stack) -> None:
     """Let RabbitMQ block everybody who publishes for a while."""
     stack.rabbitmqctl("set_vm_memory_high_watermark", "absolute", "1")
     time.sleep(AWAY)
-    stack.rabbitmqctl("set_vm_memory_high_watermark", "0.6")
+    stack.rabbitmqctl("set_vm_memory_high_watermark", "absolute", "600000000")  # as in docker-compose.yml
 
 
 FAULTS = [
@@ -342,38 +344,104 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def try_faults(stack: Stack, chosen: list[Fault], rows: list[Row]) -> int:
+    """Try faults on one store, and return how many of them went wrong. Raises Failed."""
+    failures = 0
+    with stack.cleared_away():
+        for fault in chosen:
+            started = time.monotonic()
+            print(f"  {fault.text} ...", end=" ", file=sys.stderr, flush=True)
+            try:
+                rows.append(row := try_fault(stack, fault))
+                verdict = f"{row.lost} of {row.accepted:,} lost"
+                if not row.good:
+                    verdict += f", NOT GOOD {row.wrong[:3]}"
+                failures += not row.good
+            except Failed as exc:
+                verdict, failures = f"FAILED: {exc}", failures + 1
+                stack.down()
+            print(f"{verdict} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
+    return failures
+
+
+# --- Nothing breaks, and nothing may grow without end -----------------------------------------------------
+
+
+def memory(stack: Stack, client: Client | None) -> list[float]:
+    """Return MB of producer, workers, Redis and RabbitMQ; the servers' own figures, not the containers'."""
+    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "kB": 1e3, "B": 1.0}
+    names = [*([client.name] if client else []), *stack.compose("ps", "--quiet", "worker").split()]
+    used = stack.run("docker", "stats", "--no-stream", "--format", "{{.MemUsage}}", *names)
+    megabytes = [
+        float(value) * units[unit] / 1e6 for value, unit in re.findall(r"^([\d.]+)(\w+) /", used, re.MULTILINE)
+    ]
+    producer = megabytes.pop(0) if client else 0.0
+    redis = stack.redis("info", "memory").partition("used_memory:")[2].split()[0]
+    rabbitmq = stack.rabbitmqctl("eval", "erlang:memory(total).")
+    return [producer, sum(megabytes), int(redis) / 1e6, int(rabbitmq) / 1e6]
+
+
+def try_load(stack: Stack, minutes: int) -> None:
+    """Print a row for each moment of one store. Raises Failed, also when a result is lost."""
+
+    def row(moment: str, client: Client | None = None) -> None:
+        cells = " | ".join(f"{megabytes:.0f}" if megabytes else "-" for megabytes in memory(stack, client))
+        print(f"| {stack.store} | {moment} | {cells} |", flush=True)
+
+    def all_there(client: Client) -> None:
+        report = client.wait_for("accepted", timeout=1200)
+        if report["lost"] or report["wrong"]:
+            raise Failed(f"{report['lost']} results are lost, {len(report['wrong'])} are wrong")
+
+    with stack.cleared_away():
+        stack.up(workers=2)
+        Client(stack, "stream", "100").wait_for("accepted")  # what is allocated once, is
+        row("before")
+        burst = minutes * BURST
+        client = Client(stack, "burst", str(burst))
+        client.wait_for("queued", timeout=1200)
+        row(f"{burst:,} tasks queued", client)
+        client.wait_for("fetched", at_least=burst // 2, timeout=1200)
+        row("half of the results fetched", client)
+        all_there(client)
+        row("all fetched", client)
+        client.kill()
+        time.sleep(EXPIRES)
+        row(f"{EXPIRES} s later, results have expired")
+        client = Client(stack, "steady", str(minutes * 60 * RATE), "--rate", str(RATE))
+        for minute in range(1, minutes + 1):
+            client.wait_for("fetched", at_least=minute * (60 * RATE * 9 // 10) - 150)
+            row(f"{RATE} tasks a second, minute {minute}", client)
+        all_there(client)
+        client.kill()
+
+
 def main() -> int:
-    """Try the faults, print the table, and return 0 if every promised result was fetched."""
+    """Try the faults or the load, print the table, and return 0 if every promised result was fetched."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [fault.name for fault in FAULTS]
     parser.add_argument("fault", nargs="*", help=", ".join(names))
     parser.add_argument("--store", choices=STORES)
+    parser.add_argument("--load", type=int, nargs="?", const=10, metavar="MINUTES", help="break nothing, and look")
     arguments = parser.parse_args()
     if unknown := set(arguments.fault) - set(names):
         parser.error(f"there is no fault {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     chosen = [fault for fault in FAULTS if fault.name in (arguments.fault or names)]
     rows: list[Row] = []
     failures = 0
+    if arguments.load:
+        print("| store | moment | producer, MB | two workers, MB | Redis, MB | RabbitMQ, MB |")
+        print("| --- | --- | --- | --- | --- | --- |", flush=True)
     try:
         for store in [arguments.store] if arguments.store else STORES:
-            stack = Stack(store, "faults")
             print(f"Starting the servers, results in {store}.", file=sys.stderr, flush=True)
-            with stack.cleared_away():
-                for fault in chosen:
-                    started = time.monotonic()
-                    print(f"  {fault.text} ...", end=" ", file=sys.stderr, flush=True)
-                    try:
-                        rows.append(row := try_fault(stack, fault))
-                        verdict = f"{row.lost} of {row.accepted:,} lost"
-                        if not row.good:
-                            verdict += f", NOT GOOD {row.wrong[:3]}"
-                        failures += not row.good
-                    except Failed as exc:
-                        verdict, failures = f"FAILED: {exc}", failures + 1
-                        stack.down()
-                    print(f"{verdict} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
+            if arguments.load:
+                try_load(Stack(store, RESULT_EXPIRES=str(EXPIRES)), arguments.load)
+            else:
+                failures += try_faults(Stack(store), chosen, rows)
     except (Failed, KeyboardInterrupt) as exc:
-        failures += failed("faults", exc)
+        failures += 1
+        print(f"\nfaults: {str(exc) or 'interrupted'}", file=sys.stderr)
     if rows:
         print(table(rows))
     return 1 if failures else 0

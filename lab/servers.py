@@ -30,7 +30,7 @@ STORES = ("redis", "rabbitmq")
 TAKEN = "taken"  # the key that marks a Redis database as somebody's own
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = 30.0, interval: float = 0.05) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, timeout: float = 120.0, interval: float = 0.05) -> Any:
     """Return the condition's first true value. Raises TimeoutError after timeout seconds."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):

@@ -1,10 +1,12 @@
 """Fixtures: a RabbitMQ virtual host and a Redis database of the tests' own, and a worker for each store."""
 
+import fcntl
 import importlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,28 @@ from hardening.environment import service_url
 from lab.servers import ROOT, OwnServers, Worker, own_servers
 
 APP_MODULES = ("celeryconfig", "tasks", "producer")
+QUIET = "on two quiet cores"
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say at the start how long it takes."""
+    if config.option.markexpr == "slow":
+        return f"These are the long ones alone. They take about 6 minutes {QUIET}."
+    return f"All of them take about 4 minutes {QUIET}, -n 4 at once; those marked slow are left out: -m slow runs them."
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test that is marked alone run while no other does, whichever process they are in.
+
+    Who waits for the server holds the gate, so that the others, behind it, do not come first again and again.
+    """
+    folder = Path(tempfile.gettempdir())
+    with (folder / "celery-tests-gate").open("w") as gate, (folder / "celery-tests-servers").open("w") as servers:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(servers, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        return (yield)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A proxy in front of a real server: it can speak TLS to the clients, and cut them off."""
 
+import random
 import socket
 import ssl
 import threading
@@ -10,6 +11,16 @@ from urllib.parse import urlsplit
 import trustme
 
 DEFAULT_PORTS = {"amqp": 5672, "redis": 6379}
+PORTS = range(20_000, 30_000)  # none that the system gives to a connection that goes out, while the proxy is cut
+
+
+def listen() -> socket.socket:
+    """Listen on a free local port."""
+    while True:
+        try:
+            return socket.create_server(("127.0.0.1", random.choice(PORTS)))
+        except OSError:  # it is taken
+            continue
 
 
 class Proxy:
@@ -51,7 +62,7 @@ class Proxy:
 
     def restore(self) -> None:
         """Accept connections (again), on the same port."""
-        self.listener = socket.create_server(("127.0.0.1", self.port))
+        self.listener = socket.create_server(("127.0.0.1", self.port)) if self.port else listen()
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
 

@@ -156,7 +156,7 @@ def test_memory_and_processes_are_limited() -> None:
     else:
         memory = (cgroup / "memory/memory.limit_in_bytes").read_text()
         processes = (cgroup / "pids/pids.max").read_text()
-    assert (int(memory), int(processes)) == (2 * 2**30, 500)  # mem_limit of the service tests
+    assert (int(memory), int(processes)) == (4 * 2**30, 500)  # mem_limit of the service tests
 
 
 @pytest.mark.parametrize("wrong", ["RABBITMQ", "REDIS"])

@@ -20,9 +20,10 @@ CELLS = {
 }
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_table_in_the_readme_is_what_the_comparison_prints() -> None:
-    done = run(sys.executable, "-m", "lab.compare", env={}, timeout=170)
+    done = run(sys.executable, "-m", "lab.compare", env={}, timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     reasons = [line for line in done.stdout.splitlines() if line.startswith("- ")]

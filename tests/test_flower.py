@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -21,6 +20,7 @@ import pytest
 import witness
 from lab.servers import ROOT, Worker, run, wait_until
 from tests.conftest import Stack
+from tests.proxy import listen
 
 PASSWORD = "p@ss:w,o%r#d x'\"$"
 LOGIN = f"demo:{PASSWORD}"
@@ -41,8 +41,7 @@ class Flower:
     """A real Flower process with a history file of the test's own."""
 
     def __init__(self, stack: Stack, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        with listen() as free:
             self.port = free.getsockname()[1]
         self.log = folder / "flower.log"
         settings = _compose_settings()
