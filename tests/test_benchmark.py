@@ -61,11 +61,10 @@ def test_the_readme_shows_the_tables_of_the_committed_figures() -> None:
 def test_the_prices_in_celeryconfig_are_those_of_the_committed_figures() -> None:
     figures = json.loads(FIGURES.read_text())
     blocks = (ROOT / "celeryconfig.py").read_text().split("\n\n")
-    prices = {
-        re.search(r"^(\w+) = ", block, re.MULTILINE)[1]: re.search(r"Price, [^.]*\.", re.sub(r"\n# ", " ", block))[0]
-        for block in blocks
-        if "Price, " in block
-    }
+    prices = {}
+    for block in blocks:
+        if said := re.search(r"Price, [^.]*\.", re.sub(r"\n# ", " ", block)):
+            prices[re.findall(r"^(\w+) = ", block, re.MULTILINE)[0]] = said[0]
     priced = {
         "broker_transport_options": "publishing is not confirmed",
         "task_default_queue": "classic queue, not quorum",

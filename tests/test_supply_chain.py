@@ -44,7 +44,7 @@ def test_the_version_of_the_copied_files_is_that_of_the_changelog_and_of_the_ima
     changelog, project = (ROOT / "CHANGELOG.md").read_text(), (ROOT / "pyproject.toml").read_text()
     newest = re.search(r"^## ([\d.]+) - \d{4}-\d\d-\d\d$", changelog, re.MULTILINE)
     assert newest
-    assert hardening.VERSION == newest[1]
+    assert newest[1] == hardening.VERSION
     assert f'version = "{newest[1]}"' in project
     files = [ROOT / "docker-compose.yml", *(ROOT / "lab").glob("*.yml")]
     tags = {tag for file in files for tag in re.findall(r"celery-result-backends:(\S+)", file.read_text())}
