@@ -4,17 +4,18 @@ Copy this file and the folder hardening/ beside your Celery app and call ``app.c
 Then change the two names marked with YOURS. The file reads these environment variables:
 
 RESULT_STORE   redis (default) or rabbitmq
-RABBITMQ_URL   amqp:// or amqps://, default amqp://guest:guest@localhost:5672//
-REDIS_URL      redis:// or rediss://, default redis://localhost:6379/0; only used by RESULT_STORE=redis
+RABBITMQ_URL   amqp:// or amqps://, default amqp://guest:guest@localhost:5672//; for a cluster URL;URL;URL
+REDIS_URL      redis://, rediss://, sentinel://, sentinels:// or redis+socket://, default redis://localhost:6379/0;
+               only used by RESULT_STORE=redis
 RABBITMQ_PASSWORD, REDIS_PASSWORD              a password in plain text, to be put into the URL
 RABBITMQ_PASSWORD_FILE, REDIS_PASSWORD_FILE    the same, read from a file (/run/secrets/...)
+REDIS_SENTINEL_PASSWORD, ..._FILE              the Sentinels' own password
 
 Above each setting stands the reason for its value, then the result backend that it concerns
 (redis, rabbitmq or both) and its documentation. A value that cannot work stops the process with one line.
 """
 
 import ssl as _ssl
-from urllib.parse import urlsplit as _urlsplit
 
 from hardening import delays as _delays
 from hardening import environment as _environment
@@ -32,7 +33,9 @@ broker_url = _environment.service_url("RABBITMQ")
 # trusted. The certificate authority of your own servers goes into the standard variable SSL_CERT_FILE.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-use-ssl
 if broker_url.startswith("amqps://"):
-    broker_use_ssl = {"cert_reqs": _ssl.CERT_REQUIRED, "server_hostname": _urlsplit(broker_url).hostname}
+    import hardening.hostnames as _hostnames  # each node's own name takes the place of None  # noqa: F401
+
+    broker_use_ssl = {"cert_reqs": _ssl.CERT_REQUIRED, "server_hostname": None}
 
 # delay() returns when RabbitMQ has taken the message. Without it, a message lost on the way is lost in silence.
 # Price, tasks a second: redis 16 %, rabbitmq 22 %. Calls in a block of hardening.publishing.together() pay it once.
@@ -106,13 +109,16 @@ worker_cancel_long_running_tasks_on_connection_loss = False
 # _environment.service_url("REDIS") or "rpc://" in their place goes back to Celery's own.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend
 if _store == "redis":
-    result_backend = f"hardening.redis.RedisBackend+{_environment.service_url('REDIS')}"
+    _redis_url = _environment.service_url("REDIS")
+    _backend = "sentinel.SentinelBackend" if _redis_url.startswith("sentinel") else "redis.RedisBackend"
+    result_backend = f"hardening.{_backend}+{_redis_url.removeprefix('redis+')}"
 else:
+    _redis_url = ""
     result_backend = "hardening.replies.ReplyQueueBackend"
 
-# With rediss://, check the server's certificate and host name (SSL_CERT_FILE as above).
+# With rediss:// and sentinels://, check the server's certificate and host name (SSL_CERT_FILE as above).
 # redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#redis-backend-use-ssl
-if "+rediss://" in result_backend:
+if _redis_url.startswith(("rediss://", "sentinels://")):
     redis_backend_use_ssl = {"ssl_cert_reqs": _ssl.CERT_REQUIRED}
 
 # Seconds until a result that nobody reads is removed, so that neither store fills up. Celery's default is a day.
@@ -140,13 +146,14 @@ result_backend_transport_options = {
     "global_keyprefix": "celery-demo:",
     "retry_policy": {"timeout": 5.0},
     "additional_connection_errors": ["redis.exceptions.OutOfMemoryError"],
+    **_environment.sentinel_options(_redis_url),
 }
 
 # Seconds. Notice a Redis that is gone instead of waiting two minutes for its answer.
 # redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#redis-socket-timeout
 redis_socket_connect_timeout = 2.0
 redis_socket_timeout = 5.0
-redis_socket_keepalive = True
+redis_socket_keepalive = not _redis_url.startswith("redis+socket://")
 
 # The celery command takes some variables for its own and lets them win over this file, in some processes only.
 _environment.refuse_overrides(broker_url, result_backend)

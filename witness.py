@@ -17,6 +17,8 @@ import pika.exceptions
 import redis
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
+from hardening.environment import sentinel_options
+
 TIMEOUT = 5.0  # seconds that a server has for its answer
 
 
@@ -54,47 +56,71 @@ class ReplyQueue:
 @contextmanager
 def rabbitmq_channel(url: str) -> Iterator[Any]:
     """Open a channel with pika. Raises Unreachable or Refused."""
-    parts = urlsplit(url)
-    port = parts.port or (5671 if parts.scheme == "amqps" else 5672)
-    where, user = f"RabbitMQ at {parts.hostname}:{port}", unquote(parts.username or "guest")
-    vhost = unquote(parts.path[1:]) or "/"  # as Celery reads it; pika.URLParameters reads amqp://host// otherwise
-    parameters = pika.ConnectionParameters(
-        host=parts.hostname,
-        port=port,
-        virtual_host=vhost,
-        credentials=pika.PlainCredentials(user, unquote(parts.password or "guest")),
-        ssl_options=pika.SSLOptions(ssl.create_default_context(), parts.hostname) if parts.scheme == "amqps" else None,
-        socket_timeout=TIMEOUT,
-        stack_timeout=TIMEOUT,
-    )
+    nodes, where = [], []
+    for one in url.split(";"):
+        parts = urlsplit(one)
+        port = parts.port or (5671 if parts.scheme == "amqps" else 5672)
+        user = unquote(parts.username or "guest")
+        vhost = unquote(parts.path[1:]) or "/"  # as Celery reads it; pika.URLParameters reads amqp://host// otherwise
+        tls = pika.SSLOptions(ssl.create_default_context(), parts.hostname) if parts.scheme == "amqps" else None
+        where.append(f"{parts.hostname}:{port}")
+        nodes.append(
+            pika.ConnectionParameters(
+                host=parts.hostname,
+                port=port,
+                virtual_host=vhost,
+                credentials=pika.PlainCredentials(user, unquote(parts.password or "guest")),
+                ssl_options=tls,
+                socket_timeout=TIMEOUT,
+                stack_timeout=TIMEOUT,
+            )
+        )
+    server = f"RabbitMQ at {', '.join(where)}"
     try:
-        with closing(pika.BlockingConnection(parameters)) as connection:
+        with closing(pika.BlockingConnection(nodes)) as connection:
             yield connection.channel()
     except pika.exceptions.ProbableAuthenticationError:
         raise Refused(
-            f"{where} refuses the user {user!r} or its password. Check RABBITMQ_URL and RABBITMQ_PASSWORD. A password "
+            f"{server} refuses the user {user!r} or its password. Check RABBITMQ_URL and RABBITMQ_PASSWORD. A password "
             'changed after the first start is not taken over: docker compose --profile "*" down -v starts with an '
             "empty volume."
         ) from None
     except pika.exceptions.ProbableAccessDeniedError:
         raise Refused(
-            f"{where} has no virtual host {vhost!r}, or {user!r} has no right to use it. Check the end of RABBITMQ_URL."
+            f"{server} has no virtual host {vhost!r}, or {user!r} has no right to use it. "
+            "Check the end of RABBITMQ_URL."
         ) from None
     except (pika.exceptions.AMQPError, AMQPConnectorException, OSError) as exc:
         raise Unreachable(
-            f"{where} cannot be reached ({_reason(exc)}). Is it running (docker compose up -d rabbitmq), "
+            f"{server} cannot be reached ({_reason(exc)}). Is it running (docker compose up -d rabbitmq), "
             "and is RABBITMQ_URL right?"
         ) from None
+
+
+def _redis(url: str) -> redis.Redis:
+    options: dict[str, Any] = {"socket_connect_timeout": TIMEOUT, "socket_timeout": TIMEOUT, "retry": None}
+    options["decode_responses"] = True
+    names, first = sentinel_options(url), urlsplit(url.partition(";")[0])
+    if not names:
+        return redis.Redis.from_url(url.replace("redis+socket://", "unix://").replace("virtual_host", "db"), **options)
+    if first.username or first.password:
+        options |= {"username": unquote(first.username or "default"), "password": unquote(first.password or "")}
+    sentinels = [(one.hostname, one.port or 26379) for one in map(urlsplit, url.split(";"))]
+    sentinel: Any = redis.Sentinel(sentinels, sentinel_kwargs=names["sentinel_kwargs"], **options)  # type: ignore[no-untyped-call]
+    client: redis.Redis = sentinel.master_for(
+        names["master_name"], db=int(first.path.strip("/") or 0), ssl=first.scheme == "sentinels"
+    )
+    return client
 
 
 @contextmanager
 def redis_client(url: str) -> Iterator[redis.Redis]:
     """Open a redis-py client. Raises Unreachable or Refused."""
-    parts = urlsplit(url)
-    where = f"Redis at {parts.hostname}:{parts.port or 6379}"
-    client = redis.Redis.from_url(
-        url, decode_responses=True, socket_connect_timeout=TIMEOUT, socket_timeout=TIMEOUT, retry=None
+    where = "Redis at " + ", ".join(
+        f"{parts.hostname}:{parts.port or 6379}" if parts.hostname else parts.path
+        for parts in map(urlsplit, url.split(";"))
     )
+    client = _redis(url)
     try:
         client.ping()
         yield client

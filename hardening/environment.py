@@ -9,19 +9,24 @@ To go back: write the values into celeryconfig.py. For Celery 5.7.
 import os
 import re
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
-_LOGIN_HOST_PORT = r"://([^:/?#;@]*(:[^:/?#;@]*)?@)?([^:/?#;@\[\]]+|\[[\da-fA-F:.]+\])(:\d+)?"
+_HOST_PORT = r"([^:/?#;@\[\]]+|\[[\da-fA-F:.]+\])(:\d+)?"
+_LOGIN = r"([^:/?#;@]*(:[^:/?#;@]*)?@)?"
 _SERVICES = {  # what a URL must match, what it looks like, its default
     "RABBITMQ": (
-        rf"amqps?{_LOGIN_HOST_PORT}(/[^?#;@]*)?",
-        "amqp://USER:PASSWORD@HOST:PORT/VHOST (amqps:// for TLS)",
+        rf"amqps?://{_LOGIN}{_HOST_PORT}(/[^?#;@]*)?",
+        "amqp://USER:PASSWORD@HOST:PORT/VHOST (amqps:// for TLS; several of them, for the nodes of a cluster, with ; "
+        "between them)",
         "amqp://guest:guest@localhost:5672//",
     ),
     "REDIS": (
-        rf"rediss?{_LOGIN_HOST_PORT}(/\d*)?(\?[^#@]*)?",
-        "redis://USER:PASSWORD@HOST:PORT/0 (rediss:// for TLS)",
+        rf"(rediss?://{_LOGIN}{_HOST_PORT}(/\d*)?(\?[^#@;]*)?"
+        rf"|sentinels?://{_LOGIN}{_HOST_PORT}(;{_HOST_PORT})*(/\d*)?(\?master=[\w.-]+)?"
+        rf"|redis\+socket://{_LOGIN}/[^?#;@]+(\?virtual_host=\d+)?)",
+        "redis://USER:PASSWORD@HOST:PORT/0 (rediss:// for TLS; sentinel://USER:PASSWORD@HOST:PORT;HOST:PORT/0 for "
+        "Sentinels, sentinels:// with TLS; redis+socket:///PATH)",
         "redis://localhost:6379/0",
     ),
 }
@@ -49,25 +54,62 @@ def password(service: str) -> str | None:
 def service_url(service: str) -> str:
     """Return RABBITMQ_URL or REDIS_URL, checked, with the service's password in it.
 
-    A malformed one ends the process; the message does not show it, for the password's sake.
+    For the nodes of a cluster it is a list of URLs with ; between them, the form that kombu and Celery take; the
+    Sentinels' names get one each. A malformed one ends the process; the message does not show it, for the password's
+    sake.
     """
     pattern, form, default = _SERVICES[service]
     url = os.environ.get(f"{service}_URL") or default
+    urls = url.split(";") if service == "RABBITMQ" else [url]
+    same = {(scheme, rest.partition("/")[2]) for scheme, _, rest in (one.partition("://") for one in urls)}
+    if len(same) > 1 or not all(re.fullmatch(pattern, one, re.ASCII) for one in urls):
+        _malformed(service, form)
+    scheme, _, rest = url.partition("://")
+    if scheme in ("sentinel", "sentinels"):
+        names, _, end = rest.partition("/")
+        urls = [f"{scheme}://{name}/{end}" for name in names.split(";")]
     try:
-        parts = urlsplit(url)
-        well_formed = re.fullmatch(pattern, url, re.ASCII) and parts.port != 0
-    except ValueError:  # a port above 65535
-        well_formed = False
-    if not well_formed:
-        stop(
-            f"{service}_URL is malformed. It must look like {form}. Write @ : / % # ? ; in the password "
-            f"as %40 %3A %2F %25 %23 %3F %3B, or give the password in {service}_PASSWORD."
-        )
-    secret = password(service)
-    if secret:
-        user, _, host = parts.netloc.rpartition("@")
-        parts = parts._replace(netloc=f"{user.partition(':')[0]}:{quote(secret, safe='')}@{host}")
-    return parts.geturl()
+        if any(urlsplit(one).port == 0 for one in urls):
+            _malformed(service, form)
+    except ValueError:  # above 65535
+        _malformed(service, form)
+    if secret := password(service):  # Celery reads the first Sentinel's, and hides no other
+        count = 1 if service == "REDIS" else len(urls)
+        urls[:count] = [_with_password(one, secret) for one in urls[:count]]
+    return ";".join(urls)
+
+
+def _malformed(service: str, form: str) -> NoReturn:
+    stop(
+        f"{service}_URL is malformed. It must look like {form}. Write @ : / % # ? ; in the password "
+        f"as %40 %3A %2F %25 %23 %3F %3B, or give the password in {service}_PASSWORD."
+    )
+
+
+def _with_password(url: str, secret: str) -> str:
+    scheme, _, rest = url.partition("://")
+    login, _, where = rest.rpartition("@")
+    return f"{scheme}://{login.partition(':')[0]}:{quote(secret, safe='')}@{where}"
+
+
+def sentinel_options(redis_url: str) -> dict[str, Any]:
+    """Return Celery's result_backend_transport_options for the Sentinels in a URL, and nothing for any other URL.
+
+    The master's name is ?master= at its end, or Sentinel's own default. The Sentinels' password is
+    REDIS_SENTINEL_PASSWORD, or in the file that REDIS_SENTINEL_PASSWORD_FILE names.
+    """
+    parts = urlsplit(redis_url.rpartition(";")[2])
+    if parts.scheme not in ("sentinel", "sentinels"):
+        return {}
+    tls = {"ssl": True, "ssl_cert_reqs": "required"} if parts.scheme == "sentinels" else {}
+    # One that does not answer, in seconds, so that the next one is asked.
+    login = {
+        "password": password("REDIS_SENTINEL"),
+        "socket_timeout": 1.0,
+        "socket_connect_timeout": 1.0,
+        "retry": None,
+    }
+    return {"master_name": parts.query.rpartition("=")[2] or "mymaster", "sentinel_kwargs": {**login, **tls}}
 
 
 def result_store() -> str:

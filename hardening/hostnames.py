@@ -1,0 +1,29 @@
+"""TLS to several RabbitMQ nodes, each with its own name in its certificate.
+
+What Celery lacks: kombu writes the name of the first node into broker_use_ssl, which all connections share, and checks
+the certificates of the others against it. It also checks localhost's against 127.0.0.1.
+What this does: each connection is checked against the name of the node that it goes to.
+To go back: give broker_use_ssl a "server_hostname". For Celery 5.7.
+"""
+
+from typing import Any
+
+from kombu.transport import TRANSPORT_ALIASES, pyamqp
+
+
+class Transport(pyamqp.SSLTransport):
+    """kombu's amqps://, with a copy of the options for each connection."""
+
+    def establish_connection(self) -> Any:
+        """Connect to the node whose turn it is."""
+        client: Any = self.client
+        options, host = client.ssl, client.hostname
+        if isinstance(options, dict) and options.get("server_hostname", host) is None:
+            client.ssl = {**options, "server_hostname": host}
+        try:
+            return super().establish_connection()
+        finally:
+            client.ssl, client.hostname = options, host
+
+
+TRANSPORT_ALIASES["amqps"] = f"{__name__}:Transport"

@@ -1,0 +1,29 @@
+#!/bin/sh
+# RabbitMQ's start where its image's own does not do: a password in a file, and one Erlang cookie for a whole cluster.
+#
+# /run/secrets/rabbitmq_password   if it is there, the password of RABBITMQ_DEFAULT_USER
+# /run/cookie                      a volume of all nodes, for the cookie; the first start makes it
+# SEED                             the node that makes users and virtual host: one without data waits for it
+set -eu
+
+secret=/run/secrets/rabbitmq_password
+if [ -e "$secret" ]; then
+  RABBITMQ_DEFAULT_PASS=$(tr -d "\r" <"$secret")
+  [ -n "$RABBITMQ_DEFAULT_PASS" ] || { echo "the file rabbitmq_password is empty"; exit 1; }
+  export RABBITMQ_DEFAULT_PASS
+fi
+
+if [ -d /run/cookie ]; then
+  umask 077
+  head -c 32 /dev/urandom | sha256sum | cut -d " " -f 1 >"/run/cookie/$(hostname)"
+  ln "/run/cookie/$(hostname)" /run/cookie/cookie 2>/dev/null || : # of several first starts, one makes it
+  rm -f /var/lib/rabbitmq/.erlang.cookie
+  (umask 377 && cat /run/cookie/cookie >/var/lib/rabbitmq/.erlang.cookie) # its owner alone may read it, else Erlang stops
+  umask 022
+fi
+
+if [ -n "${SEED:-}" ] && [ ! -e /var/lib/rabbitmq/mnesia ]; then
+  until bash -c "exec 3<>/dev/tcp/$SEED/15692" 2>/dev/null; do sleep 1; done
+fi
+
+exec docker-entrypoint.sh rabbitmq-server
