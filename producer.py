@@ -303,7 +303,7 @@ def main() -> int:
     try:
         check_servers()
         console.print("Celery result backends: the tour", style="bold")
-        console.print(f"  broker          {maybe_sanitize_url(app.conf.broker_url)}")
+        console.print(f"  broker          {';'.join(map(maybe_sanitize_url, app.conf.broker_url.split(';')))}")
         console.print(
             f"  result backend  {app.backend.as_uri(include_password=False)}   (RESULT_STORE={result_store()})"
         )

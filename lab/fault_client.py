@@ -33,6 +33,7 @@ WINDOW = 100  # results that are waited for at the same time
 AWAY = (OperationalError, RedisError)  # RabbitMQ or Redis cannot be reached
 
 noticed: Counter[str] = Counter()  # for the report
+delays: list[float] = []  # seconds that each delay() took
 
 
 def queue(signature: Any, patience: float = PATIENCE) -> Any:
@@ -43,13 +44,16 @@ def queue(signature: Any, patience: float = PATIENCE) -> Any:
     """
     deadline = time.monotonic() + patience
     while True:
+        started = time.monotonic()
         try:
             return signature.apply_async()
         except AWAY as exc:
             noticed[f"{type(exc).__name__} in apply_async()"] += 1
             if time.monotonic() > deadline:
                 raise
-            time.sleep(1)
+        finally:
+            delays.append(time.monotonic() - started)
+        time.sleep(1)
 
 
 def fetch(result: AsyncResult[Any]) -> Any:
@@ -132,6 +136,7 @@ class Fetcher:
             wrong=self.wrong,
             longest_get=self.longest_get,
             longest_pause=self.longest_pause,
+            longest_delay=max(delays, default=0.0),
             noticed=noticed,
         )
 

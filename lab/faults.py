@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-COMPOSE = ("docker", "compose", "-f", "docker-compose.yml", "-f", "lab/faults.yml")
 STORES = ("redis", "rabbitmq")
 TASKS = 1000
 AWAY = 20  # seconds for which a server is away, or a network cut
@@ -45,8 +44,10 @@ class Failed(Exception):
 class Stack:
     """The demo's services in a Compose project of their own."""
 
-    def __init__(self, store: str, **env: str) -> None:
-        self.store, self.project = store, f"celery-result-backends-faults-{store}"
+    command: tuple[str, ...] = ("docker", "compose", "-f", "docker-compose.yml", "-f", "lab/faults.yml")
+
+    def __init__(self, store: str, purpose: str = "faults", **env: str) -> None:
+        self.store, self.project = store, f"celery-result-backends-{purpose}-{store}"
         own = {"COMPOSE_PROJECT_NAME": self.project, "RESULT_STORE": store, "FLOWER_PORT": "0", "RABBITMQ_PORT": "0"}
         self.env = {**os.environ, "COMPOSE_DISABLE_ENV_FILE": "1", **own, **env}
 
@@ -64,7 +65,7 @@ class Stack:
 
     def compose(self, *command: str) -> str:
         """Run a docker compose command. Raises Failed."""
-        return self.run(*COMPOSE, *command)
+        return self.run(*self.command, *command)
 
     def container(self, service: str) -> str:
         """Return the id of a service's first container. Raises Failed."""
@@ -105,7 +106,7 @@ class Client:
         self.stack, self.name = stack, f"{stack.project}-client-{time.monotonic_ns()}"
         options = ("--rm", "-T", "--no-deps", "--name", self.name)
         self.process = subprocess.Popen(
-            [*COMPOSE, "run", *options, "producer", "python", "-m", "lab.fault_client", *arguments],
+            [*stack.command, "run", *options, "producer", "python", "-m", "lab.fault_client", *arguments],
             cwd=ROOT,
             env=stack.env,
             stdin=subprocess.PIPE,
@@ -278,6 +279,7 @@ class Row:
     twice: int
     longest_pause: float
     longest_get: float
+    longest_delay: float
     noticed: dict[str, int]
 
     @property
@@ -318,25 +320,27 @@ def try_fault(stack: Stack, fault: Fault) -> Row:
         sum(times > 1 for times in executions(stack, since).values()),
         report["longest_pause"],
         report["longest_get"],
+        report["longest_delay"],
         report["noticed"],
     )
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], faults: list[Fault]) -> str:
     """Return the rows as a table in Markdown."""
     lines = [
         "| broken | store | accepted | fetched | lost | run twice | longest pause | longest `get(timeout=5)` "
-        "| the client noticed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| longest `delay()` | the client noticed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for fault in FAULTS:
+    for fault in faults:
         for row in (row for row in rows if row.fault is fault):
             noticed = ", ".join(f"{times} x {what}" for what, times in row.noticed.items()) or "nothing"
             lost = f"{row.lost:,}\\*" if (row.store, fault.name) in NOT_PROMISED else f"{row.lost:,}"
             fetched = row.accepted - row.lost - len(row.wrong)
             lines.append(
                 f"| {fault.text} | {row.store} | {row.accepted:,} | {fetched:,} | {lost} "
-                f"| {row.twice} | {row.longest_pause:.0f} s | {row.longest_get:.0f} s | {noticed} |"
+                f"| {row.twice} | {row.longest_pause:.0f} s | {row.longest_get:.0f} s | {row.longest_delay:.0f} s "
+                f"| {noticed} |"
             )
     for row in rows:
         if why := NOT_PROMISED.get((row.store, row.fault.name)):
@@ -443,7 +447,7 @@ def main() -> int:
         failures += 1
         print(f"\nfaults: {str(exc) or 'interrupted'}", file=sys.stderr)
     if rows:
-        print(table(rows))
+        print(table(rows, FAULTS))
     return 1 if failures else 0
 
 

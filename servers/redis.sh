@@ -9,6 +9,7 @@
 # workers then wait: leave room for all results of result_expires.
 #
 # DEMO_PASSWORD   demo's password; when empty, /run/secrets/redis_password has it
+# CONFIG, MASTER  in a cluster: see redis-node.sh
 # OPTIONS         more of redis-server's options: see lab/docker-compose.tls.yml
 set -eu
 
@@ -17,17 +18,20 @@ hash() { printf %s "$1" | sha256sum | cut -d " " -f 1; }
 umask 022
 admin=/run/admin/password
 [ -s "$admin" ] || head -c 32 /dev/urandom | sha256sum | cut -d " " -f 1 >"$admin"
-password=${DEMO_PASSWORD:-$(tr -d "\r" </run/secrets/redis_password)}
-[ -n "$password" ] || { echo "the file redis_password is empty"; exit 1; }
+if [ -z "${MASTER:-}" ]; then # a replica takes what its master has left there
+  password=${DEMO_PASSWORD:-$(tr -d "\r" </run/secrets/redis_password)}
+  [ -n "$password" ] || { echo "the file redis_password is empty"; exit 1; }
+  hash "$password" >/run/admin/demo
+fi
 
-connections="+ping +select +client|setinfo"
+connections="+ping +select +client|setinfo +wait"
 results="+get +getrange +mget +set +setex +del +expire +ttl +multi +exec"
 announcements="+publish +subscribe +unsubscribe"
 chords="+incrby +exists +evalsha +script|load +rpush +llen +lrange +zadd +zcount +zrange +sadd +sismember"
 
 # shellcheck disable=SC2086 # these are several words each
-exec docker-entrypoint.sh redis-server --appendonly yes --maxmemory 256mb --maxmemory-policy noeviction \
+exec docker-entrypoint.sh redis-server ${CONFIG:-} --appendonly yes --maxmemory 256mb --maxmemory-policy noeviction \
   --user default off "~*" "&*" +@all \
   --user admin on "#$(hash "$(cat "$admin")")" "~*" "&*" +@all \
-  --user demo on "#$(hash "$password")" "~celery-demo:*" "&celery-demo:*" -@all \
+  --user demo on "#$(cat /run/admin/demo)" "~celery-demo:*" "&celery-demo:*" -@all \
   $connections $results $announcements $chords ${OPTIONS:-}
