@@ -19,6 +19,7 @@ import ssl as _ssl
 
 from hardening import delays as _delays
 from hardening import environment as _environment
+from hardening import hostnames as _hostnames
 from hardening import publishing as _publishing
 
 _store = _environment.result_store()
@@ -33,9 +34,7 @@ broker_url = _environment.service_url("RABBITMQ")
 # trusted. The certificate authority of your own servers goes into the standard variable SSL_CERT_FILE.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-use-ssl
 if broker_url.startswith("amqps://"):
-    import hardening.hostnames as _hostnames  # each node's own name takes the place of None  # noqa: F401
-
-    broker_use_ssl = {"cert_reqs": _ssl.CERT_REQUIRED, "server_hostname": None}
+    broker_use_ssl = {"cert_reqs": _ssl.CERT_REQUIRED, "server_hostname": _hostnames.OF_EACH_NODE}
 
 # delay() returns when RabbitMQ has taken the message. Without it, a message lost on the way is lost in silence.
 # Price, tasks a second: redis 16 %, rabbitmq 22 %. Calls in a block of hardening.publishing.together() pay it once.
@@ -108,12 +107,12 @@ worker_cancel_long_running_tasks_on_connection_loss = False
 # One key a task in Redis, or one message a result on the caller's own reply queue in RabbitMQ.
 # _environment.service_url("REDIS") or "rpc://" in their place goes back to Celery's own.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend
-if _store == "redis":
-    _redis_url = _environment.service_url("REDIS")
-    _backend = "sentinel.SentinelBackend" if _redis_url.startswith("sentinel") else "redis.RedisBackend"
-    result_backend = f"hardening.{_backend}+{_redis_url.removeprefix('redis+')}"
+_redis_url = _environment.service_url("REDIS") if _store == "redis" else ""
+if _redis_url.startswith("sentinel"):
+    result_backend = f"hardening.sentinel.SentinelBackend+{_redis_url}"
+elif _redis_url:
+    result_backend = f"hardening.redis.RedisBackend+{_redis_url.removeprefix('redis+')}"
 else:
-    _redis_url = ""
     result_backend = "hardening.replies.ReplyQueueBackend"
 
 # With rediss:// and sentinels://, check the server's certificate and host name (SSL_CERT_FILE as above).

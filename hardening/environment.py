@@ -67,7 +67,8 @@ def service_url(service: str) -> str:
     scheme, _, rest = url.partition("://")
     if scheme in ("sentinel", "sentinels"):
         names, _, end = rest.partition("/")
-        urls = [f"{scheme}://{name}/{end}" for name in names.split(";")]
+        with_port = [name if re.search(r":\d+$", name) else f"{name}:26379" for name in names.split(";")]
+        urls = [f"{scheme}://{name}/{end}" for name in with_port]
     try:
         if any(urlsplit(one).port == 0 for one in urls):
             _malformed(service, form)

@@ -10,6 +10,8 @@ from typing import Any
 
 from kombu.transport import TRANSPORT_ALIASES, pyamqp
 
+OF_EACH_NODE = None  # broker_use_ssl["server_hostname"]
+
 
 class Transport(pyamqp.SSLTransport):
     """kombu's amqps://, with a copy of the options for each connection."""
@@ -18,7 +20,7 @@ class Transport(pyamqp.SSLTransport):
         """Connect to the node whose turn it is."""
         client: Any = self.client
         options, host = client.ssl, client.hostname
-        if isinstance(options, dict) and options.get("server_hostname", host) is None:
+        if isinstance(options, dict) and options.get("server_hostname", host) is OF_EACH_NODE:
             client.ssl = {**options, "server_hostname": host}
         try:
             return super().establish_connection()

@@ -17,6 +17,7 @@ COPIED_WITHIN = 1000  # milliseconds; less than redis_socket_timeout
 WRITES = {"EVALSHA", "SET", "SETEX", "INCRBY"}
 # What a Redis answers that was the master, or is it without replicas: the worker tries again until there is a new one.
 NO_MASTER = ("READONLY", "NOREPLICAS", "MASTERDOWN", "UNBLOCKED")
+NAMED = (redis.redis.ReadOnlyError, redis.redis.exceptions.MasterDownError)  # redis-py strips their first word
 
 
 class Client(redis.redis.StrictRedis):
@@ -30,7 +31,7 @@ class Client(redis.redis.StrictRedis):
             ):
                 raise redis.redis.ConnectionError("no replica has copied it")
         except redis.redis.ResponseError as exc:
-            if str(exc).startswith(NO_MASTER):
+            if isinstance(exc, NAMED) or str(exc).startswith(NO_MASTER):
                 conn.disconnect()
                 raise redis.redis.ConnectionError(str(exc)) from exc
             raise

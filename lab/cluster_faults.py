@@ -93,9 +93,9 @@ def master_killed(stack: Cluster) -> None:
 def master_frozen(stack: Cluster) -> None:
     """Freeze the Redis master; it wakes up when another one is the master, and does not know it."""
     master = stack.master()
-    stack.compose("pause", master)
+    stack.compose("kill", "--signal", "SIGSTOP", master)
     time.sleep(AWAY)
-    stack.compose("unpause", master)
+    stack.compose("kill", "--signal", "SIGCONT", master)
 
 
 def master_stopped(stack: Cluster) -> None:

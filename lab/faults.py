@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,7 +325,7 @@ def try_fault(stack: Stack, fault: Fault) -> Row:
     )
 
 
-def table(rows: list[Row], faults: list[Fault]) -> str:
+def table(rows: list[Row], faults: Sequence[Fault] = FAULTS) -> str:
     """Return the rows as a table in Markdown."""
     lines = [
         "| broken | store | accepted | fetched | lost | run twice | longest pause | longest `get(timeout=5)` "
@@ -447,7 +447,7 @@ def main() -> int:
         failures += 1
         print(f"\nfaults: {str(exc) or 'interrupted'}", file=sys.stderr)
     if rows:
-        print(table(rows, FAULTS))
+        print(table(rows))
     return 1 if failures else 0
 
 

@@ -12,8 +12,9 @@ from celery import Celery
 from celery.app.backends import by_url
 from celery.app.defaults import SETTING_KEYS
 from celery.exceptions import ImproperlyConfigured
-from kombu.utils.url import maybe_sanitize_url
+from kombu.utils.url import maybe_sanitize_url, parse_url
 
+from hardening.environment import sentinel_options
 from lab.servers import ROOT, Worker, run
 from tests.conftest import Stack, copy_settings
 
@@ -77,7 +78,7 @@ def test_result_store_switches_the_result_backend_and_nothing_else() -> None:
         for name in redis
         if redis[name] != rabbitmq[name] and not name.startswith("__") and " at 0x" not in redis[name]
     }
-    assert different == {"result_backend", "_store"}
+    assert different == {"result_backend", "_store", "_redis_url"}
 
 
 @pytest.mark.parametrize("from_file", [False, True])
@@ -93,9 +94,37 @@ def test_a_password_of_its_own_is_escaped_and_never_shown(from_file: bool, tmp_p
     assert "word" not in maybe_sanitize_url(url)
 
 
+def test_each_node_of_a_cluster_gets_the_password() -> None:
+    nodes = "amqp://demo@mq1/demo;amqp://demo@mq2:5673/demo"
+    url = _settings(RABBITMQ_URL=nodes, RABBITMQ_PASSWORD=HARD_PASSWORD)["broker_url"]
+    with Celery(broker=url).connection_for_write() as connection:
+        assert [parse_url(node)["password"] for node in connection.alt] == [HARD_PASSWORD] * 2
+        assert [parse_url(node)["hostname"] for node in connection.alt] == ["mq1", "mq2"]
+
+
+def test_sentinels_get_passwords_of_their_own() -> None:
+    env = {"REDIS_PASSWORD": HARD_PASSWORD, "REDIS_SENTINEL_PASSWORD": "s3same"}
+    settings = _settings(REDIS_URL="sentinels://demo@s1:26379;s2;s3/2?master=cache", **env)
+    assert settings["result_backend"].startswith("hardening.sentinel.SentinelBackend+sentinels://demo:")
+    assert settings["redis_backend_use_ssl"] == str({"ssl_cert_reqs": ssl.CERT_REQUIRED})
+    url = settings["result_backend"].partition("+")[2]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("REDIS_SENTINEL_PASSWORD", "s3same")
+        options = sentinel_options(url)
+    app = Celery(backend=f"hardening.sentinel.SentinelBackend+{url}")
+    app.conf.result_backend_transport_options = options
+    pool = app.backend.client.connection_pool
+    assert pool.service_name == "cache"
+    assert (pool.connection_kwargs["password"], pool.connection_kwargs["db"]) == (HARD_PASSWORD, 2)
+    sentinels = [one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels]
+    assert [(one["host"], one["port"]) for one in sentinels] == [("s1", 26379), ("s2", 26379), ("s3", 26379)]
+    assert {one["password"] for one in sentinels} == {"s3same"}
+    assert "word" not in app.backend.as_uri()
+
+
 def test_tls_urls_are_verified() -> None:
     settings = _settings(RABBITMQ_URL="amqps://demo@mq.example/demo", REDIS_URL="rediss://cache.example/0")
-    assert settings["broker_use_ssl"] == str({"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": "mq.example"})
+    assert settings["broker_use_ssl"] == str({"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": None})
     assert settings["redis_backend_use_ssl"] == str({"ssl_cert_reqs": ssl.CERT_REQUIRED})
     assert "broker_use_ssl" not in _settings()
 
@@ -122,7 +151,9 @@ def test_it_works_alone_in_a_package_of_another_project(stack: Stack, tmp_path: 
 
 
 def test_celery_report_lists_settings_alone_and_no_password() -> None:
-    env = {**CLEAN, "RABBITMQ_PASSWORD": "s3cret", "REDIS_PASSWORD": "s3cret"}
+    several = {"RABBITMQ_URL": "amqp://demo@mq1/v;amqp://demo@mq2/v", "REDIS_URL": "sentinel://demo@s1;s2/0"}
+    secrets = {f"{name}_PASSWORD": "s3cret" for name in ("RABBITMQ", "REDIS", "REDIS_SENTINEL")}
+    env = {**CLEAN, **several, **secrets}
     done = run(sys.executable, "-m", "celery", "-A", "tasks", "report", env=env)
     listed = set(re.findall(r"^(\w+): ", done.stdout.partition("settings -> ")[2], re.MULTILINE))
     assert done.returncode == 0, done.stderr

@@ -3,12 +3,14 @@
 A proxy speaks TLS in front of the real RabbitMQ and Redis. With TLS of their own, .ci/closed.py looks at them.
 """
 
+import ssl
 import sys
 from pathlib import Path
 
 import pytest
 import trustme
 from cryptography import x509
+from kombu.exceptions import OperationalError
 
 from lab import certificates
 from lab.servers import Worker, run
@@ -37,6 +39,41 @@ def test_a_result_travels_over_tls_only(stack: Stack, authority: tuple[trustme.C
             assert tour.returncode == 0, tour.stdout + tour.stderr
         assert mq.accepted > 0
         assert redis.accepted > 0
+
+
+def test_each_node_of_a_cluster_is_checked_against_its_own_name(
+    rabbitmq_stack: Stack, authority: tuple[trustme.CA, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca, trust = authority
+    names = ("localhost", "127.0.0.1")
+    with (
+        Proxy(rabbitmq_stack.broker_url, ca.issue_cert(names[0])) as first,
+        Proxy(rabbitmq_stack.broker_url, ca.issue_cert(names[1])) as second,
+        Proxy(rabbitmq_stack.broker_url, ca.issue_cert("elsewhere.example")) as wrong,
+    ):
+        monkeypatch.setenv("SSL_CERT_FILE", trust["SSL_CERT_FILE"])
+        urls = [node.url(name) for node, name in ((first, names[0]), (second, names[1]), (wrong, names[0]))]
+        app = rabbitmq_stack.load("tasks").app
+        app.conf.broker_url = ";".join(urls)
+        app.conf.broker_use_ssl = {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": None}
+        with app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1)
+            first.cut()
+            connection.collect()
+            connection.ensure_connection(max_retries=5, interval_start=0.1)
+            second.cut()
+            first.restore()
+            connection.collect()
+            connection.ensure_connection(max_retries=5, interval_start=0.1)
+            assert (first.accepted, second.accepted) == (2, 1)
+            first.cut()
+            connection.collect()
+            with pytest.raises(OperationalError):
+                connection.ensure_connection(max_retries=2, interval_start=0.1)
+        first.restore()
+        second.restore()
+        assert wrong.accepted == 0
+        assert app.conf.broker_use_ssl["server_hostname"] is None
 
 
 @pytest.mark.parametrize("wrong", ["authority", "host name", "plain text"])

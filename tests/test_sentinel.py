@@ -1,0 +1,82 @@
+"""A result counts as stored when a replica has it; the cluster itself is run by lab/cluster_faults.py."""
+
+import socket
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from hardening.sentinel import NO_MASTER, WRITES, Client
+from lab.servers import Worker, run
+from tests.conftest import Stack
+
+
+@pytest.fixture
+def client(redis_stack: Stack) -> Client:
+    """redis-py's client as the backend makes it, for a Redis without replicas."""
+    made: Client = Client.from_url(redis_stack.redis_url, socket_timeout=10)
+    return made
+
+
+def test_a_write_that_no_replica_has_is_none(client: Client) -> None:
+    store = client.register_script('redis.call("SET", KEYS[1], ARGV[1])')
+    for write in (
+        lambda: client.set("key", "value"),
+        lambda: client.execute_command("SETEX", "key", 10, "value"),
+        lambda: client.incrby("number"),
+        lambda: store(keys=["key"], args=["value"]),
+    ):
+        with pytest.raises(redis.ConnectionError, match="no replica has copied it"):
+            write()
+    assert client.get("key") == b"value"
+    assert {"EVALSHA", "SET", "SETEX", "INCRBY"} == WRITES
+
+
+@pytest.mark.parametrize("answer", NO_MASTER)
+def test_a_redis_that_is_no_master_any_more_is_away(client: Client, answer: str) -> None:
+    fails = client.register_script(f'return redis.error_reply("{answer} and some reason")')
+    with pytest.raises(redis.ConnectionError):
+        fails()
+    client.get("key")
+
+
+def test_another_error_stays_one(client: Client) -> None:
+    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+        client.register_script('redis.call("RPUSH", "list", 1); return redis.call("GET", "list")')()
+
+
+def test_results_through_a_unix_socket(redis_stack: Stack, tmp_path: Path) -> None:
+    path, server = tmp_path / "redis.sock", urlsplit(redis_stack.redis_url)
+
+    def serve() -> None:
+        while True:
+            try:
+                accepted, _ = listener.accept()
+            except OSError:  # closed
+                return
+            onward = socket.create_connection((server.hostname, server.port or 6379))
+            for source, target in ((accepted, onward), (onward, accepted)):
+                threading.Thread(target=pipe, args=(source, target), daemon=True).start()
+
+    def pipe(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        threading.Thread(target=serve, daemon=True).start()
+        login = server.netloc.rpartition("@")[0]
+        url = f"redis+socket://{login + '@' if login else ''}{path}?virtual_host={server.path.strip('/')}"
+        env = {**redis_stack.env, "REDIS_URL": url}
+        with Worker(redis_stack.logs / "socket.log", env=env):
+            tour = run(sys.executable, "producer.py", "value", "where", env=env)
+        assert tour.returncode == 0, tour.stdout + tour.stderr
