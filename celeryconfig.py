@@ -124,6 +124,10 @@ if _redis_url.startswith(("rediss://", "sentinels://")):
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-expires
 result_expires = 3600
 
+# What counts the finished parts of a chord must outlive the slowest chord. Unless set, it expires like a result.
+# redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-chord-expires
+result_chord_expires = 86400
+
 # Keep the task's name, arguments and retries beside the result, for whoever finds the key later.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-extended
 result_extended = True

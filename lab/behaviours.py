@@ -1,17 +1,15 @@
 """The behaviours that are compared: what is done with a result, how it looks, and why the stores differ.
 
-Each is one short function. It runs in a new thread of a client, with a worker of the same store beside it.
+Each is one short function. It runs in a new process, with a worker of the same store beside it.
 """
 
 import os
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from celery import chain, chord, group, states
@@ -72,17 +70,18 @@ def new_result_object() -> str:
     return f"{read(app.AsyncResult(result.id))}, then {read(app.AsyncResult(result.id))}"
 
 
-@behaviour(
-    "Each thread of a client has a reply queue of its own, and looks into no other. Read in the thread that queued, "
-    "or take Redis: the next request to a web server may be in another thread or process."
-)
+@behaviour()
 def another_thread() -> str:
     """Read it from another thread."""
     result = wait_until_stored(lambda: add.delay(2, 3))
-    return in_thread(lambda: read(app.AsyncResult(result.id)))
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: read(app.AsyncResult(result.id))).result()
 
 
-@behaviour("The result waits in the reply queue of the process that queued the task. Take Redis.")
+@behaviour(
+    "The result waits in the reply queue of the process that queued the task. Take Redis: "
+    "the next request to a web server may be in another process."
+)
 def another_process() -> str:
     """Read it from another process."""
     result = wait_until_stored(lambda: add.delay(2, 3))
@@ -98,12 +97,9 @@ def producer_exits() -> str:
     return in_process("ask", task_id, "15")
 
 
-@behaviour(
-    "After its first get() a thread consumes its reply queue, and polling finds the queue empty. "
-    "Either poll or call get() in one thread: get(timeout=...) in a loop, or get(on_message=...) for progress."
-)
+@behaviour()
 def poll_state() -> str:
-    """Poll `.state`, before and after a `get()` in the same thread."""
+    """Poll `.state`, before and after a `get()`."""
     before = poll(add.delay(2, 3))
     add.delay(2, 3).get(timeout=TIMEOUT)
     return f"{before} before, {poll(add.delay(2, 3))} after"
@@ -261,17 +257,14 @@ def forget() -> str:
 @behaviour()
 def expiry() -> str:
     """A result expires after 5 seconds; the witness counts."""
-    app.backend.expires = EXPIRES  # of this thread's reply queue; a key in Redis expires as its worker says
+    app.backend.expires = EXPIRES  # of this process's reply queue; a key in Redis expires as its worker says
     before = stored_results()
     wait_until_stored(lambda: add_short_lived.delay(2, 3))
     wait_until(lambda: stored_results() == before, "result expired", TIMEOUT)
     return "1 in the store, then 0"
 
 
-@behaviour(
-    "To find one state, polling has to take every waiting message from the queue, and it gives up after 1,000. "
-    "With rabbitmq use get() and read as you go, in the order in which you queued."
-)
+@behaviour()
 def many_unread() -> str:
     """2,000 results wait unread; poll the state of the last, then fetch all."""
     results = wait_until_stored(lambda: [add.delay(number, 1) for number in range(MANY)], MANY)
@@ -290,8 +283,9 @@ def eight_threads() -> str:
     def client(number: int) -> str:
         return str([add.delay(number, other).get(timeout=TIMEOUT) for other in range(5)])
 
-    threads = [start_thread(partial(client, number)) for number in range(8)]
-    right = [thread.result() == str(list(range(number, number + 5))) for number, thread in enumerate(threads)]
+    with ThreadPoolExecutor(8) as threads:
+        values = list(threads.map(client, range(8)))
+    right = [value == str(list(range(number, number + 5))) for number, value in enumerate(values)]
     return f"{sum(right)} of 8 read what they queued"
 
 
@@ -320,7 +314,7 @@ def poll(result: Any) -> str:
 
 
 def stored_results() -> int:
-    """Return how many results the witness sees: keys in Redis, or messages on this thread's reply queue."""
+    """Return how many results the witness sees: keys in Redis, or messages on this process's reply queue."""
     if os.environ["RESULT_STORE"] == "redis":
         with witness.redis_client(as_admin(service_url("REDIS"))) as client:
             return sum(1 for _ in client.scan_iter("*celery-task-meta-*", count=1000))
@@ -336,29 +330,6 @@ def wait_until_stored(queue_tasks: Callable[[], Any], count: int = 1) -> Any:
     interval = 0.05 if count == 1 else 0.5
     wait_until(lambda: stored_results() >= before + count, f"{count} results stored", MANY_TIMEOUT, interval)
     return results
-
-
-def start_thread(call: Callable[[], str]) -> Future[str]:
-    """Call in a new thread: a client of its own, with its own reply queue.
-
-    The thread stays until the process ends, so that no later one gets its identity, and with it its reply queue.
-    """
-    future: Future[str] = Future()
-
-    def target() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as exc:
-            future.set_exception(exc)
-        threading.Event().wait()
-
-    threading.Thread(target=target, daemon=True).start()
-    return future
-
-
-def in_thread(call: Callable[[], str]) -> str:
-    """Return what a call returns in a new thread."""
-    return start_thread(call).result()
 
 
 def in_process(*arguments: str) -> str:

@@ -557,15 +557,15 @@ def conditions_line(run: dict[str, Any]) -> str:
     )
 
 
-def readme_tables(run: dict[str, Any]) -> list[str]:
-    """Return the part of tables() that README.md shows."""
+def page_tables(run: dict[str, Any]) -> list[str]:
+    """Return the part of tables() that docs/what-it-costs.md shows."""
     parts = (summary_table, price_table, memory_table, growth, scale_table)
     return [conditions_line(run), *(line for part in parts for line in ("", *part(run)))]
 
 
 def tables(run: dict[str, Any]) -> list[str]:
     """Return everything that is shown of a run."""
-    return [*(line for store in STORES for line in (*main_table(run, store), "")), *readme_tables(run)]
+    return [*(line for store in STORES for line in (*main_table(run, store), "")), *page_tables(run)]
 
 
 def time_is_up(*_: Any) -> None:

@@ -7,6 +7,7 @@ not read. The exit code is 0 only if every behaviour could be observed with both
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 
 import redis
 
-from lab.behaviours import BEHAVIOURS, in_thread
+from lab.behaviours import BEHAVIOURS
 from lab.client import TIMEOUT, describe
 from lab.servers import ROOT, STORES, Worker, markdown, own_servers
 
@@ -28,13 +29,20 @@ RUN_TIMEOUT = 600.0  # seconds for everything that the clients observe; on a qui
 
 
 def observe() -> None:
-    """Observe every behaviour with the store of RESULT_STORE, and print each as a line of JSON."""
-    for name, row in BEHAVIOURS.items():
-        say(f"{os.environ['RESULT_STORE']}: {row.sentence} ...")
-        try:
-            print(json.dumps([name, in_thread(row.observe)]), flush=True)
-        except Exception as exc:
-            say(f"{os.environ['RESULT_STORE']}: could not be observed: {describe(exc)}")
+    """Observe every behaviour with the store of RESULT_STORE, each in a process of its own."""
+    for name in BEHAVIOURS:
+        process = multiprocessing.get_context("fork").Process(target=observe_one, args=(name,))
+        process.start()
+        process.join()
+
+
+def observe_one(name: str) -> None:
+    """Observe one behaviour, and print it as a line of JSON."""
+    say(f"{os.environ['RESULT_STORE']}: {BEHAVIOURS[name].sentence} ...")
+    try:
+        print(json.dumps([name, BEHAVIOURS[name].observe()]), flush=True)
+    except Exception as exc:
+        say(f"{os.environ['RESULT_STORE']}: could not be observed: {describe(exc)}")
 
 
 # --- The whole comparison ---------------------------------------------------------------------------------

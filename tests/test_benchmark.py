@@ -1,4 +1,4 @@
-"""The benchmark runs, its figures are whole, and README.md shows a table and a chart of one and the same run.
+"""The benchmark runs, and its figures are whole. What is shown of them: tests/test_pages.py.
 
 How fast anything is, no test says: that differs between machines. What is sent for each task does not.
 """
@@ -8,14 +8,13 @@ import json
 import re
 import sys
 from collections import Counter
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
-from lab.benchmark import FLOORS, Sizes, multiples, price, readme_tables, tables
+from lab.benchmark import FLOORS, Sizes, price, tables
 from lab.benchmark_tasks import BULK, DEFAULT, OURS, PRICES
 from lab.servers import ROOT, STORES, Worker, run, wait_until
 from tests.conftest import Stack
@@ -49,13 +48,10 @@ def test_one_command_measures_everything() -> None:
     assert tables(figures) == done.stderr.splitlines()[-len(tables(figures)) :]
 
 
-def test_the_readme_shows_the_tables_of_the_committed_figures() -> None:
+def test_the_committed_figures_are_whole() -> None:
     figures = json.loads(FIGURES.read_text())
     _is_whole(figures)
     assert figures["sizes"] == json.loads(json.dumps(vars(Sizes()))), "a quick run, or an old one"
-    shown = re.search(r"<!-- benchmark -->\n(.*?)\n<!-- /benchmark -->", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert shown
-    assert shown[1].splitlines() == readme_tables(figures)
 
 
 def test_the_prices_in_celeryconfig_are_those_of_the_committed_figures() -> None:
@@ -70,21 +66,6 @@ def test_the_prices_in_celeryconfig_are_those_of_the_committed_figures() -> None
         "task_default_queue": "classic queue, not quorum",
     }
     assert prices == {setting: price(figures, name) for setting, name in priced.items()}
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_chart_is_drawn_from_the_committed_figures(theme: str) -> None:
-    figures = json.loads(FIGURES.read_text())
-    chart = (ROOT / "docs" / f"benchmark-{theme}.svg").read_text()
-    assert figures["date"][:10] in chart
-    for store in STORES:
-        assert f">{store}<" in chart
-        for settings in (DEFAULT, *PRICES):
-            if found := multiples(figures, store, settings):
-                assert f"> {median(found):.2f}<" in chart
-    for name in PRICES:
-        assert f">{name}<" in chart
-    assert f"benchmark-{theme}.svg" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -103,19 +84,6 @@ def test_a_price_is_one_if_all_rounds_say_so(rounds: list[float], said: str) -> 
     assert price(run, "prefetch 4, not 1") == f"Price, tasks a second: {said}."
 
 
-def test_the_words_of_the_readme_are_those_of_the_committed_figures() -> None:
-    figures = json.loads(FIGURES.read_text())
-    ours = [figures["figures"][store][OURS] for store in STORES]
-    rates = [1 / median(multiples(figures, store, DEFAULT)) for store in STORES]
-    without = [median(multiples(figures, store, "neither confirmed nor quorum")) for store in STORES]
-    chunks = [median(each["chunks_per_s"]) / median(each["trips_per_s"]) for each in ours]
-    words = " ".join((ROOT / "README.md").read_text().split())
-    for said in (
-        f"pass at {rates[0]:.2f} (redis) and {rates[1]:.2f} (rabbitmq) of the rate",
-        f"{without[0]:.1f} and {without[1]:.1f} times our rate",
-        f"{chunks[0]:.0f} times as many calls a second on redis, {chunks[1]:.0f} times on rabbitmq",
-    ):
-        assert said in words
 
 
 # --- What is sent for each task ---------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""README.md's "Troubleshooting by error text": each situation is brought about, and gives precisely the quoted text."""
+"""docs/when-something-is-wrong.md: each situation is brought about, and gives precisely the text of its heading."""
 
 import json
 import re
 import signal
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
@@ -15,20 +16,25 @@ import pytest
 import redis
 from celery import chord
 from celery.exceptions import TimeoutError as ResultTimeout
+from kombu.exceptions import OperationalError
 
 import witness
+from hardening import publishing
 from hardening.environment import service_url
 from lab.compare_tasks import EXPIRES
 from lab.servers import ROOT, TAKEN, Worker, as_admin, run, wait_until
 from tests.conftest import Stack
+from tests.proxy import Proxy
 
-SECTION = (ROOT / "README.md").read_text().split("### Troubleshooting by error text")[1].split("\n### ")[0]
-# The first column of the table. A text with backticks in it stands between two of them on each side.
+PAGE = (ROOT / "docs" / "when-something-is-wrong.md").read_text()
+# The headings. A text with backticks in it stands between two of them on each side.
 TEXTS: list[str] = [
     text.strip()
-    for cell in re.findall(r"^\| ([^|]+) \|", SECTION, re.MULTILINE)
-    for _, text in re.findall(r"(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)", cell)
+    for heading in re.findall(r"^##+ (.*`.*)$", PAGE, re.MULTILINE)
+    for _, text in re.findall(r"(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)", heading)
 ]
+# Parts of texts that another file's test brings about.
+ELSEWHERE = ("exited prematurely", "given up after", "Refused a message", "Redis is away (", "; trying again.")
 
 # A project with no more than the settings that a test is about; it does not know celeryconfig.py.
 JOBS = """
@@ -44,7 +50,7 @@ WORKER = ("celery", "-A", "jobs", "worker", "-c", "1")
 
 
 def quoted(part: str) -> str:
-    """Return the one text that README.md quotes and that contains this part."""
+    """Return the one text of a heading that contains this part."""
     found = [text for text in TEXTS if part in text]
     assert len(found) == 1, f"{part!r} should be in one of {TEXTS}"
     return found[0]
@@ -74,8 +80,10 @@ def _redis_says(url: str, *commands: str, login: bool = True) -> list[str]:
 
 def test_every_quoted_text_has_a_test() -> None:
     parts = re.findall(r"""quoted\(["'](.+?)["']\)""", Path(__file__).read_text())
-    assert len(TEXTS) > 15
-    assert {quoted(part) for part in parts} == set(TEXTS)
+    assert len(TEXTS) > 25
+    assert {quoted(part) for part in (*parts, *ELSEWHERE)} == set(TEXTS)
+    others = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__))
+    assert [part for part in ELSEWHERE if part not in others] == []
 
 
 # --- Settings ---------------------------------------------------------------------------------------------
@@ -149,6 +157,14 @@ def test_a_queue_of_another_type(redis_stack: Stack, tmp_path: Path) -> None:
         assert quoted("x-queue-type") in _output(command, tmp_path)
 
 
+def test_an_exchange_of_another_type(redis_stack: Stack, tmp_path: Path) -> None:
+    with witness.rabbitmq_channel(redis_stack.broker_url) as channel:
+        channel.exchange_declare("jobs", "topic", durable=True)
+    _write_jobs(tmp_path, broker_url=redis_stack.broker_url, task_default_queue="jobs")
+    for command in (CLIENT, WORKER):
+        assert quoted("'type' for exchange") in _output(command, tmp_path)
+
+
 def test_two_workers_of_one_node_name(redis_stack: Stack, tmp_path: Path) -> None:
     with Worker(tmp_path / "same.log", env=redis_stack.env):
         (tmp_path / "second").mkdir()
@@ -170,8 +186,59 @@ def test_a_wrong_rabbitmq_password(redis_stack: Stack, tmp_path: Path) -> None:
         assert quoted("ACCESS_REFUSED") in _output(command, tmp_path)
 
 
+def test_nothing_listens_where_rabbitmq_should_be(tmp_path: Path) -> None:
+    _write_jobs(tmp_path, broker_url="amqp://127.0.0.1:1//", task_publish_retry=False)
+    assert quoted("Connection refused") in _output(CLIENT, tmp_path)
+
+
+def test_rabbitmq_goes_away(redis_stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "LIMIT", 2.0)
+    with Proxy(redis_stack.broker_url) as proxy:
+        tasks = replace(redis_stack, broker_url=proxy.url()).load("tasks")
+        tasks.add.delay(1, 2)
+
+        def queue_and_cut() -> None:
+            with publishing.together():
+                tasks.add.delay(1, 2)
+                proxy.cut()
+                tasks.add.apply_async((1, 2), task_id="too-late")
+
+        with pytest.raises(publishing.NotPlaced) as not_placed:
+            queue_and_cut()
+        with pytest.raises(OperationalError) as not_taken:
+            tasks.add.delay(1, 2)
+        proxy.restore()
+    assert "too-late" in not_placed.value.ids
+    for raised, part in ((not_placed, quoted("NotPlaced")), (not_taken, quoted("has not taken the task"))):
+        assert f"{raised.type.__module__}.{raised.type.__name__}: {raised.value}".startswith(part)
+
+
+def test_a_task_that_takes_longer_than_the_consumer_timeout(redis_stack: Stack, tmp_path: Path) -> None:
+    """RabbitMQ's is 30 minutes; a queue may have a shorter one."""
+    arguments = {"x-queue-type": "quorum", "x-consumer-timeout": 1_000}
+    with witness.rabbitmq_channel(redis_stack.broker_url) as channel:
+        channel.queue_declare("jobs", durable=True, arguments=arguments)
+    (tmp_path / "jobs.py").write_text(
+        "import time\n"
+        "from celery import Celery\n"
+        "from kombu import Queue\n"
+        "app = Celery('jobs')\n"
+        f"app.conf.update(broker_url={redis_stack.broker_url!r}, task_default_queue='jobs', task_acks_late=True)\n"
+        f"app.conf.task_queues = [Queue('jobs', queue_arguments={arguments})]\n"
+        "@app.task(name='nap')\n"
+        "def nap(): time.sleep(60)\n"
+    )
+    with Worker(tmp_path / "w.log", cwd=tmp_path, app="jobs", env={"PYTHONPATH": ""}) as worker:
+        done = run(sys.executable, "-c", "import jobs; jobs.nap.delay()", cwd=tmp_path, env={"PYTHONPATH": ""})
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: worker.says(quoted("ConsumerCancelled")), "taken back", 60)
+        worker.kill()
+
+
 def test_polling_while_many_results_wait(rabbitmq_stack: Stack) -> None:
+    """With Celery's own rpc://."""
     tasks = rabbitmq_stack.load("tasks")
+    tasks.app.conf.result_backend = "rpc://"
     result = tasks.add.delay(1, 2)
     with witness.rabbitmq_channel(rabbitmq_stack.broker_url) as channel:
         for number in range(1_001):
@@ -252,11 +319,17 @@ def test_redis_without_a_password(redis_stack: Stack, tmp_path: Path) -> None:
     assert quoted("HELLO") in _output(CLIENT, tmp_path)
 
 
+def test_redis_is_away(redis_stack: Stack) -> None:
+    env = {**redis_stack.env, "REDIS_URL": "redis://127.0.0.1:1/0"}
+    done = run(sys.executable, "-c", "import tasks; tasks.app.AsyncResult('some-id').state", env=env)
+    assert quoted("Redis is away:") in done.stderr
+
+
 # --- PENDING for ever; with rabbitmq there are more causes: see lab/behaviours.py -------------------------
 
 
 def _stays_pending(result: object) -> bool:
-    """Tell whether get() finds nothing, and the state is the one that README.md quotes."""
+    """Tell whether get() finds nothing, and the state is the one that the page is about."""
     with pytest.raises(ResultTimeout):
         result.get(timeout=1)  # type: ignore[attr-defined]
     return bool(result.state == quoted("PENDING"))  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pika
 import pytest
+from celery import chord
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult
 
@@ -163,3 +164,11 @@ def test_a_result_in_redis_expires_when_result_expires_says(redis_stack: Stack, 
     key = witness.find_result_key(redis_stack.redis_url, "celery-demo:celery-task-meta-an-id")
     assert key
     assert 0 < key.ttl <= 60 if expires else key.ttl == -1
+
+
+def test_what_counts_the_parts_of_a_chord_outlives_the_results(redis_stack: Stack) -> None:
+    tasks = redis_stack.load("tasks")
+    chord([tasks.add.s(1, 2), tasks.add.s(3, 4)])(tasks.total.s())
+    with redis_stack.redis_admin() as client:
+        (size,) = client.scan_iter("*.s", count=1000)
+        assert client.ttl(size) > 10 * tasks.app.conf.result_expires
