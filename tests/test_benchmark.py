@@ -84,8 +84,6 @@ def test_a_price_is_one_if_all_rounds_say_so(rounds: list[float], said: str) -> 
     assert price(run, "prefetch 4, not 1") == f"Price, tasks a second: {said}."
 
 
-
-
 # --- What is sent for each task ---------------------------------------------------------------------------
 
 
