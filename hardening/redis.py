@@ -341,9 +341,3 @@ class RedisBackend(OneBackend, redis.RedisBackend):
         if isinstance(sys.exc_info()[1], NotStored):
             raise
         return super().chord_error_from_stack(callback, exc)
-
-
-class SentinelBackend(RedisBackend, redis.SentinelBackend):
-    """The same for a Redis that Sentinel watches: sentinel://host:26379;sentinel://host2:26379."""
-
-    connection_class = redis.redis.sentinel.SentinelManagedConnection

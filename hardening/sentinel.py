@@ -11,7 +11,7 @@ from typing import Any
 
 from celery.backends import redis
 
-from .redis import RedisBackend
+from . import redis as plain
 
 COPIED_WITHIN = 1000  # milliseconds; less than redis_socket_timeout
 WRITES = {"EVALSHA", "SET", "SETEX", "INCRBY"}
@@ -20,8 +20,8 @@ NO_MASTER = ("READONLY", "NOREPLICAS", "MASTERDOWN", "UNBLOCKED")
 NAMED = (redis.redis.ReadOnlyError, redis.redis.exceptions.MasterDownError)  # redis-py strips their first word
 
 
-class Client(redis.redis.StrictRedis):
-    """redis-py's client, which waits after each write until a replica has it."""
+class Client(plain.Client):
+    """RedisBackend's client, which waits after each write until a replica has it."""
 
     def _send_command_parse_response(self, conn: Any, command_name: str, *args: Any, **options: Any) -> Any:
         try:
@@ -38,8 +38,10 @@ class Client(redis.redis.StrictRedis):
         return answer
 
 
-class SentinelBackend(RedisBackend, redis.SentinelBackend):
+class SentinelBackend(plain.RedisBackend, redis.SentinelBackend):
     """RedisBackend, for the master that Sentinels name."""
+
+    connection_class = redis.redis.sentinel.SentinelManagedConnection
 
     def _get_client(self) -> type[Client]:
         return Client
