@@ -37,6 +37,8 @@ class Proxy:
         self.open: set[socket.socket] = set()
         self.cut_at: tuple[bytes, str] | None = None
         self.keep_answer = False
+        self.flowing = threading.Event()
+        self.flowing.set()
         self.restore()
 
     def url(self, host: str = "127.0.0.1") -> str:
@@ -47,7 +49,8 @@ class Proxy:
 
     def cut(self) -> None:
         """Close every connection and refuse new ones, as a server that is down does."""
-        self.listener.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # it is cut already
+            self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         for end in list(self.open):
             self._end(end)
@@ -59,6 +62,14 @@ class Proxy:
     def lose_once(self, command: bytes) -> None:
         """Do not pass on what a client sends with this command: it waits for an answer."""
         self.cut_at = (command, "lost")
+
+    def freeze(self) -> None:
+        """Keep the connections, accept new ones, and pass nothing on, as a server that is frozen does."""
+        self.flowing.clear()
+
+    def thaw(self) -> None:
+        """Pass on what has come since freeze(), and go on."""
+        self.flowing.set()
 
     def restore(self) -> None:
         """Accept connections (again), on the same port."""
@@ -73,6 +84,7 @@ class Proxy:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.cut()
+        self.thaw()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -101,6 +113,7 @@ class Proxy:
     def _pipe(self, source: socket.socket, target: socket.socket) -> None:
         try:
             while data := source.recv(65536):
+                self.flowing.wait()
                 if self.cut_at and self.cut_at[0] in data:
                     (_, when), self.cut_at = self.cut_at, None
                     if when == "before":
