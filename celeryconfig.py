@@ -23,6 +23,8 @@ from hardening import hostnames as _hostnames
 from hardening import publishing as _publishing
 
 _store = _environment.result_store()
+# Seconds between attempts to reach RabbitMQ, and what ends them.
+_attempts = {"interval_start": 0, "interval_step": 0.2, "interval_max": 1, "errback": _publishing.within_limit}
 
 # --- Broker -----------------------------------------------------------------------------------------------
 
@@ -40,7 +42,6 @@ if broker_url.startswith("amqps://"):
 # Price, tasks a second: redis 16 %, rabbitmq 22 %. Calls in a block of hardening.publishing.together() pay it once.
 # Drop it if lost tasks do no harm. on_open gives each wait for RabbitMQ an end; the rest is for a fresh process.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-transport-options
-_attempts = {"interval_start": 0, "interval_step": 0.2, "interval_max": 1, "errback": _publishing.within_limit}
 broker_transport_options = {
     "confirm_publish": True,
     "on_open": _publishing.on_open,
