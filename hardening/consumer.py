@@ -123,6 +123,16 @@ class Consumer(consumer.Consumer):
         self.moves, Request.consumer = Moves(self), self
         super().__init__(*args, app=app, **kwargs)
 
+    def connection_for_write(self, *args: Any, **kwargs: Any) -> Any:
+        """Connect for the worker's events, which are not confirmed.
+
+        Nobody waits for one that is lost, and in a pool of greenlets the loop would read the confirm that the heartbeat
+        waits for: the worker would do nothing more.
+        """
+        connection = self.app.connection_for_write(*args, **kwargs)
+        connection.transport_options = {**connection.transport_options, "confirm_publish": False}
+        return self.ensure_connected(connection)
+
     def call_soon_ack(self, p: Any, *args: Any, **kwargs: Any) -> Any:
         """Acknowledge at once when the event loop, which does it otherwise, has ended."""
         if self.hub and self.blueprint.state != bootsteps.RUN:

@@ -15,7 +15,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from celery import Celery
+from celery import Celery, Task
 from celery.app import base as _base
 from celery.utils.quorum_queues import detect_quorum_queues
 from celery.utils.time import maybe_iso8601, maybe_make_aware
@@ -37,6 +37,22 @@ def _detect_quorum_queues(app: Celery, driver_type: str) -> tuple[bool, str]:
 
 
 vars(_base)["detect_quorum_queues"] = _detect_quorum_queues
+
+
+_celerys_signature = Task.signature_from_request
+
+
+def _signature_from_request(
+    task: Any, request: Any = None, args: Any = None, kwargs: Any = None, queue: Any = None, **options: Any
+) -> Any:
+    """Send a retry to the queue that its task came from, and not to an exchange, which may have more queues."""
+    source = (task.request if request is None else request).delivery_info or {}
+    if not queue and source.get("exchange") == "" and task.app.conf.worker_consumer == CONSUMER:
+        queue = Queue(source["routing_key"], no_declare=True)
+    return _celerys_signature(task, request, args, kwargs, queue=queue, **options)
+
+
+setattr(Task, "signature_from_request", _signature_from_request)  # noqa: B010
 
 
 def seconds_left(eta: Any, app: Celery | None = None) -> float:
