@@ -1,0 +1,123 @@
+"""The worker's main process never waits for the result store: it takes tasks, answers and ends while that is away."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.servers import ROOT, Worker, wait_until
+from tests.conftest import Stack
+from tests.proxy import Proxy
+
+JOBS = """
+import os, signal, time
+from tasks import app
+
+@app.task
+def sleeps(seconds):
+    time.sleep(seconds)
+    return "done"
+
+@app.task(max_retries=0)
+def dies():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+@app.task(ignore_result=True)
+def touch(path):
+    open(path, "w").close()
+"""
+
+
+@pytest.fixture
+def env(redis_stack: Stack, tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "jobs.py").write_text(JOBS)
+    return {**redis_stack.env, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+
+
+def send(app: Any, kind: str) -> Any:
+    """Queue a task whose outcome the main process has to store."""
+    match kind:
+        case "revoked":
+            result = app.send_task("jobs.sleeps", (60,), countdown=1)
+            result.revoke()
+        case "expired":
+            result = app.send_task(
+                "jobs.sleeps", (60,), countdown=1, headers={"expires": datetime.now(UTC).isoformat()}
+            )
+        case "timed out":
+            result = app.send_task("jobs.sleeps", (60,), time_limit=1)
+        case "unknown":
+            result = app.send_task("jobs.nosuch")
+        case "lost":
+            result = app.send_task("jobs.dies")
+    return result
+
+
+OUTCOMES = {"revoked": "REVOKED", "expired": "REVOKED", "timed out": "FAILURE", "unknown": "FAILURE", "lost": "FAILURE"}
+
+
+@pytest.mark.parametrize("kinds", [*[[kind] for kind in OUTCOMES], list(OUTCOMES)], ids=" and ".join)
+def test_other_tasks_go_on_and_the_outcome_is_stored_later(
+    redis_stack: Stack, env: dict[str, str], tmp_path: Path, kinds: list[str]
+) -> None:
+    app: Any = redis_stack.load("tasks").app
+    with Proxy(redis_stack.redis_url) as redis:
+        away = {**env, "REDIS_URL": redis.url()}
+        with Worker(redis_stack.logs / "w.log", "--include", "jobs", env=away) as worker:
+            redis.cut()
+            results = {kind: send(app, kind) for kind in kinds}
+            time.sleep(3)  # the limit is exceeded, the countdown is over
+            for number in range(6):
+                app.send_task("jobs.touch", (str(tmp_path / f"touched{number}"),), ignore_result=True)
+            wait_until(lambda: len(list(tmp_path.glob("touched*"))) == 6, "the others ran")
+            assert app.control.ping(timeout=10)
+            redis.restore()
+            expected = {kind: OUTCOMES[kind] for kind in kinds}
+            wait_until(lambda: {kind: result.state for kind, result in results.items()} == expected, "stored", 60)
+            assert worker.process.poll() is None
+
+
+def test_it_ends_and_the_message_returns(redis_stack: Stack, env: dict[str, str]) -> None:
+    app: Any = redis_stack.load("tasks").app
+    with Proxy(redis_stack.redis_url) as redis:
+        away = {**env, "REDIS_URL": redis.url()}
+        with Worker(redis_stack.logs / "w.log", "--include", "jobs", env=away) as worker:
+            redis.cut()
+            result = send(app, "timed out")
+            wait_until(lambda: worker.says("signal 9 (SIGKILL)"), "timed out")
+            os.kill(worker.process.pid, signal.SIGTERM)
+            try:
+                wait_until(lambda: worker.process.poll() is not None, "it ends")
+            finally:
+                redis.restore()
+    with Worker(redis_stack.logs / "next.log", "--include", "jobs", env=env):
+        wait_until(lambda: result.state == "FAILURE", "stored by the next one")
+
+
+@pytest.mark.parametrize("pool", ["gevent", "threads"])
+def test_other_pools_go_on_too(redis_stack: Stack, env: dict[str, str], tmp_path: Path, pool: str) -> None:
+    app: Any = redis_stack.load("tasks").app
+    with Proxy(redis_stack.redis_url) as redis:
+        away = {**env, "REDIS_URL": redis.url()}
+        with Worker(redis_stack.logs / "w.log", "-P", pool, "--include", "jobs", env=away):
+            redis.cut()
+            results = [send(app, kind) for kind in ("expired", "unknown")]
+            time.sleep(2)  # the countdown is over
+            for number in range(6):
+                app.send_task("jobs.touch", (str(tmp_path / f"touched{number}"),), ignore_result=True)
+            wait_until(lambda: len(list(tmp_path.glob("touched*"))) == 6, "the others ran")
+            redis.restore()
+            wait_until(lambda: [result.state for result in results] == ["REVOKED", "FAILURE"], "stored", timeout=60)
+
+
+def test_a_soft_limit_above_any_hard_one(redis_stack: Stack, env: dict[str, str]) -> None:
+    """There is no hard limit in the settings that a task with a longer soft one would collide with."""
+    app: Any = redis_stack.load("tasks").app
+    with Worker(redis_stack.logs / "w.log", "--include", "jobs", env=env):
+        assert app.send_task("jobs.sleeps", (0,), soft_time_limit=600).get(timeout=30) == "done"
+    assert replace(redis_stack).load("celeryconfig").__dict__.get("task_time_limit") is None
