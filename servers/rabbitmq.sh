@@ -3,7 +3,8 @@
 #
 # /run/secrets/rabbitmq_password   if it is there, the password of RABBITMQ_DEFAULT_USER
 # /run/cookie                      a volume of all nodes, for the cookie; the first start makes it
-# SEED                             the node that makes users and virtual host: one without data waits for it
+# SEED                             the node that makes user and virtual host. The others join the oldest one, so those
+#                                  without data start after it
 set -eu
 
 secret=/run/secrets/rabbitmq_password
@@ -22,8 +23,8 @@ if [ -d /run/cookie ]; then
   umask 022
 fi
 
-if [ -n "${SEED:-}" ] && [ ! -e /var/lib/rabbitmq/mnesia ]; then
-  until bash -c "exec 3<>/dev/tcp/$SEED/15692" 2>/dev/null; do sleep 1; done
+if [ -n "${SEED:-}" ] && [ -z "$(ls -A /var/lib/rabbitmq/mnesia 2>/dev/null)" ]; then
+  until bash -c "exec 3<>/dev/tcp/$SEED/25672" 2>/dev/null; do sleep 0.5; done
 fi
 
 exec docker-entrypoint.sh rabbitmq-server

@@ -5,6 +5,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -24,7 +25,7 @@ def client(redis_stack: Stack) -> Client:
 
 
 def test_a_write_that_no_replica_has_is_none(client: Client) -> None:
-    store = client.register_script('redis.call("SET", KEYS[1], ARGV[1])')
+    store: Any = client.register_script('redis.call("SET", KEYS[1], ARGV[1])')
     for write in (
         lambda: client.set("key", "value"),
         lambda: client.execute_command("SETEX", "key", 10, "value"),
@@ -39,7 +40,7 @@ def test_a_write_that_no_replica_has_is_none(client: Client) -> None:
 
 @pytest.mark.parametrize("answer", NO_MASTER)
 def test_a_redis_that_is_no_master_any_more_is_away(client: Client, answer: str) -> None:
-    fails = client.register_script(f'return redis.error_reply("{answer} and some reason")')
+    fails: Any = client.register_script(f'return redis.error_reply("{answer} and some reason")')
     with pytest.raises(OperationalError):
         fails()
     client.get("key")

@@ -127,6 +127,7 @@ def test_certificates_are_made_once_and_again_before_they_end(tmp_path: Path, mo
     assert names.get_values_for_type(x509.DNSName) == ["redis", "localhost"]
     assert run(*command, env={}).returncode == 0
     assert content() == first
+    assert not certificates.are_good(tmp_path, ["rabbitmq,rabbitmq-2", "redis"])
     monkeypatch.setattr(certificates, "VALID", certificates.RENEW)
     certificates.make(tmp_path, servers)
     short_lived = content()
