@@ -93,6 +93,11 @@ worker_consumer = _delays.CONSUMER
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#worker-prefetch-multiplier
 worker_prefetch_multiplier = 1
 
+# Seconds. A worker notices within two of these that its RabbitMQ is not there, and RabbitMQ that a worker is not, when
+# the network is cut or a machine has no power: nobody says goodbye then. Celery's own is 120.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-heartbeat
+broker_heartbeat = 10
+
 # SIGTERM waits for the running tasks. SIGQUIT, or SIGTERM with REMAP_SIGTERM=SIGQUIT, waits this many seconds,
 # then puts what still runs back on the queue.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#worker-soft-shutdown-timeout

@@ -118,6 +118,8 @@ class ReplyConsumer(OneReader, rpc.ResultConsumer):
 
     backend: Any
     answer_timeout = 5.0  # seconds
+    silence = 10.0  # seconds after which RabbitMQ is asked whether it is there: a node that is cut off says nothing
+    _heard = 0.0  # when
     _awaited = 0  # replies that were on the queue when the consumer was made, and are still to come
 
     def __init__(self, *args: Any) -> None:
@@ -147,7 +149,7 @@ class ReplyConsumer(OneReader, rpc.ResultConsumer):
         except BaseException:
             connection.collect()
             raise
-        self._connection, self._consumer = connection, consumer
+        self._connection, self._consumer, self._heard = connection, consumer, time.monotonic()
 
     def read(self, timeout: float) -> None:
         """Hand out one result, or return after timeout, in seconds."""
@@ -161,13 +163,24 @@ class ReplyConsumer(OneReader, rpc.ResultConsumer):
         """Hand out one result, and tell whether there was one. Raises what the connection does."""
         try:
             self._connect()
+            if time.monotonic() > self._heard + self.silence:
+                self._ask()
             self._connection.drain_events(timeout=timeout)
+            self._heard = time.monotonic()
         except TimeoutError:
             return False
         except self._connection_errors:
             self._give_up()
             raise
         return True
+
+    def _ask(self) -> None:
+        self._heard = time.monotonic()
+        try:
+            with self._connection.connection.transport.having_timeout(self.answer_timeout):
+                self._connection.default_channel.queue_declare(self.backend.oid, passive=True)
+        except TimeoutError as exc:
+            raise OperationalError("no answer") from exc
 
     def _connect(self) -> None:
         if self._consumer is not None and len(self._consumer.queues) != len(self.backend.oids()):

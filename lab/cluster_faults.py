@@ -85,6 +85,12 @@ def leader_cut_off(stack: Cluster) -> None:
         time.sleep(AWAY)
 
 
+def node_cut_off(stack: Cluster) -> None:
+    """Take the node that client and worker are connected to off the network, longer than anybody should wait for it."""
+    with stack.apart(NODES[0]):
+        time.sleep(3 * AWAY)
+
+
 def master_killed(stack: Cluster) -> None:
     """Kill the Redis master; it comes back when another one is the master."""
     for_a_while(stack, stack.master())
@@ -124,6 +130,7 @@ FAULTS = [
     Fault("node-killed", f"the client's own RabbitMQ node killed for {AWAY} s", for_a_while, NODES[:1]),
     Fault("rolling", "each RabbitMQ node stopped and started in turn", rolling),
     Fault("leader-cut-off", f"the leader of `tasks` cut off from all others for {AWAY} s", leader_cut_off),
+    Fault("node-cut-off", f"the client's own RabbitMQ node cut off from all others for {3 * AWAY} s", node_cut_off),
     Fault("two-killed", f"two of three RabbitMQ nodes killed for {AWAY} s", for_a_while, NODES[1:]),
     Fault("master-killed", f"the Redis master killed for {AWAY} s", master_killed),
     Fault("master-frozen", f"the Redis master frozen for {AWAY} s", master_frozen),

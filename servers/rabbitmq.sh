@@ -16,8 +16,11 @@ fi
 
 if [ -d /run/cookie ]; then
   umask 077
-  head -c 32 /dev/urandom | sha256sum | cut -d " " -f 1 >"/run/cookie/$(hostname)"
-  ln "/run/cookie/$(hostname)" /run/cookie/cookie 2>/dev/null || : # of several first starts, one makes it
+  if [ ! -e /run/cookie/cookie ]; then # of several first starts, one makes it
+    head -c 32 /dev/urandom | sha256sum | cut -d " " -f 1 >"/run/cookie/$(hostname)"
+    ln "/run/cookie/$(hostname)" /run/cookie/cookie 2>/dev/null || :
+    rm "/run/cookie/$(hostname)"
+  fi
   rm -f /var/lib/rabbitmq/.erlang.cookie
   (umask 377 && cat /run/cookie/cookie >/var/lib/rabbitmq/.erlang.cookie) # its owner alone may read it, else Erlang stops
   umask 022
