@@ -26,8 +26,8 @@ class Price:
     worker_options: tuple[str, ...] = field(default=())
 
 
-NOT_CONFIRMED: dict[str, Any] = {"broker_transport_options": {}}
-CLASSIC = {"task_default_queue_type": "classic", "task_default_exchange_type": "direct"}
+NOT_CONFIRMED: dict[str, Any] = {"broker_transport_options": {"confirm_publish": False}}
+CLASSIC = {"task_default_queue_type": "classic"}
 PRICES = {
     "publishing is not confirmed": Price(NOT_CONFIRMED),
     "classic queue, not quorum": Price(CLASSIC),
@@ -52,11 +52,12 @@ PRICES = {
 }
 
 
-def changed(settings: str) -> dict[str, Any]:
-    """Return what differs from celeryconfig.py."""
-    if settings == BULK:
-        return {**NOT_CONFIRMED, **CLASSIC, "worker_prefetch_multiplier": 32}
-    return PRICES[settings].settings
+def change(app: Celery, settings: str) -> None:
+    """Take back settings of celeryconfig.py; of those that are dictionaries, only the members that are named."""
+    fast = {**NOT_CONFIRMED, **CLASSIC, "worker_prefetch_multiplier": 32}
+    for name, value in (fast if settings == BULK else PRICES[settings].settings).items():
+        app.conf[name] = {**app.conf[name], **value} if isinstance(value, dict) else value
+    app.conf.task_default_queue = f"tasks, but {settings}"  # one queue cannot be of two types
 
 
 settings = os.environ.get("BENCHMARK_SETTINGS", OURS)
@@ -65,8 +66,8 @@ if settings == DEFAULT:
 else:
     app = Celery("benchmark")
     app.config_from_object("celeryconfig")
-    if settings != OURS:  # with a queue of its own: one queue cannot be of two types
-        app.conf.update({**changed(settings), "task_default_queue": f"tasks, but {settings}"})
+    if settings != OURS:
+        change(app, settings)
 
 
 @app.task

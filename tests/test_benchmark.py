@@ -60,7 +60,7 @@ def test_the_prices_in_celeryconfig_are_those_of_the_committed_figures() -> None
     prices = {}
     for block in blocks:
         if said := re.search(r"Price, [^.]*\.", re.sub(r"\n# ", " ", block)):
-            prices[re.findall(r"^(\w+) = ", block, re.MULTILINE)[0]] = said[0]
+            prices[re.findall(r"^([a-z]\w*) = ", block, re.MULTILINE)[0]] = said[0]
     priced = {
         "broker_transport_options": "publishing is not confirmed",
         "task_default_queue": "classic queue, not quorum",
