@@ -1,6 +1,6 @@
 """The tasks that only the comparison needs; its worker loads them with ``--include lab.compare_tasks``."""
 
-import copy
+from functools import cached_property
 from typing import Any
 
 from celery import Task
@@ -45,10 +45,11 @@ def document(size: int) -> str:
 class ShortLived(Task):  # type: ignore[type-arg]
     """A task whose result expires after EXPIRES seconds, whatever result_expires says."""
 
-    @property  # type: ignore[misc]
+    @cached_property
     def backend(self) -> Any:
-        """The app's result backend, with another expiry."""
-        backend = copy.copy(self.app.backend)
+        """A result backend like the app's, with another expiry."""
+        app: Any = self.app
+        backend = app._get_backend()
         backend.expires = EXPIRES
         return backend
 
