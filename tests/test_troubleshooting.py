@@ -34,7 +34,7 @@ TEXTS: list[str] = [
     for _, text in re.findall(r"(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)", heading)
 ]
 # Parts of texts that another file's test brings about.
-ELSEWHERE = ("exited prematurely", "given up after", "Refused a message", "Redis is away (", "; trying again.")
+ELSEWHERE = ("exited prematurely", "given up after", "Refused a message")
 
 # A project with no more than the settings that a test is about; it does not know celeryconfig.py.
 JOBS = """
@@ -319,10 +319,21 @@ def test_redis_without_a_password(redis_stack: Stack, tmp_path: Path) -> None:
     assert quoted("HELLO") in _output(CLIENT, tmp_path)
 
 
-def test_redis_is_away(redis_stack: Stack) -> None:
-    env = {**redis_stack.env, "REDIS_URL": "redis://127.0.0.1:1/0"}
-    done = run(sys.executable, "-c", "import tasks; tasks.app.AsyncResult('some-id').state", env=env)
-    assert quoted("Redis is away:") in done.stderr
+def test_the_store_is_away(stack: Stack) -> None:
+    code = "import tasks; tasks.app.AsyncResult('some-id').state"
+    away = {"RABBITMQ_URL": "amqp://127.0.0.1:1//", "REDIS_URL": "redis://127.0.0.1:1/0"}
+    done = run(sys.executable, "-c", code, env={**stack.env, **away})
+    text = quoted("OperationalError: Redis is away:") if stack.store == "redis" else quoted("RabbitMQ is away:")
+    assert text in done.stderr
+
+
+def test_a_worker_whose_redis_is_away(redis_stack: Stack) -> None:
+    away = replace(redis_stack, redis_url="redis://127.0.0.1:1/0")
+    with Worker(redis_stack.logs / "w.log", env=away.env) as worker:
+        away.load("tasks").add.delay(1, 2)
+        for text in (quoted("Redis is away ("), quoted("; trying again.")):
+            wait_until(lambda text=text: worker.says(text), text)
+        worker.kill()
 
 
 # --- PENDING for ever; with rabbitmq there are more causes: see lab/behaviours.py -------------------------
