@@ -331,8 +331,8 @@ def test_a_worker_whose_redis_is_away(redis_stack: Stack) -> None:
     away = replace(redis_stack, redis_url="redis://127.0.0.1:1/0")
     with Worker(redis_stack.logs / "w.log", env=away.env) as worker:
         away.load("tasks").add.delay(1, 2)
-        for text in (quoted("Redis is away ("), quoted("; trying again.")):
-            wait_until(lambda text=text: worker.says(text), text)
+        texts = (quoted("Redis is away ("), quoted("; trying again."))
+        wait_until(lambda: all(map(worker.says, texts)), "it says so")
         worker.kill()
 
 
