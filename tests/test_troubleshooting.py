@@ -15,6 +15,7 @@ import pika.exceptions
 import pytest
 import redis
 from celery import chord
+from celery.exceptions import NotRegistered
 from celery.exceptions import TimeoutError as ResultTimeout
 from kombu.exceptions import OperationalError
 
@@ -34,7 +35,7 @@ TEXTS: list[str] = [
     for _, text in re.findall(r"(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)", heading)
 ]
 # Parts of texts that another file's test brings about.
-ELSEWHERE = ("exited prematurely", "given up after", "Refused a message")
+ELSEWHERE = ("exited prematurely", "given up after")
 
 # A project with no more than the settings that a test is about; it does not know celeryconfig.py.
 JOBS = """
@@ -334,6 +335,15 @@ def test_a_worker_whose_redis_is_away(redis_stack: Stack) -> None:
         texts = (quoted("Redis is away ("), quoted("; trying again."))
         wait_until(lambda: all(map(worker.says, texts)), "it says so")
         worker.kill()
+
+
+def test_a_task_that_the_worker_does_not_know(redis_stack: Stack) -> None:
+    app = redis_stack.load("tasks").app
+    with Worker(redis_stack.logs / "w.log", env=redis_stack.env) as worker:
+        with pytest.raises(NotRegistered) as caught:
+            app.send_task("nosuch").get(timeout=60)
+        assert f"{caught.type.__module__}.{caught.type.__name__}: {caught.value}".startswith(quoted("NotRegistered"))
+        assert worker.says(quoted("Refused a message"))
 
 
 # --- PENDING for ever; with rabbitmq there are more causes: see lab/behaviours.py -------------------------
