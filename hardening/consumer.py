@@ -8,8 +8,10 @@ the loop never waits for the result store (request.py).
 To go back: leave out worker_consumer. For Celery 5.7.
 """
 
+import select
 from collections.abc import Callable
 from functools import partial
+from inspect import isgenerator
 from typing import Any, ClassVar
 
 from celery import Celery, bootsteps
@@ -103,6 +105,27 @@ class LastMoves(bootsteps.StartStopStep):
             consumer.moves.beside.wait(END_TIMEOUT)
 
 
+class ResultsFirst(bootsteps.StartStopStep):
+    """Hears, after RabbitMQ was away, what the pool has done meanwhile, before the time limits are looked at.
+
+    While it connects, Celery's worker hears neither: then it took a task that had ended for one that took too long.
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
+        """Handle all that the pool processes have sent: that it took a task, and that the task has ended, for each."""
+        pool: Any = getattr(consumer.pool, "_pool", None)
+        for fileno in list(getattr(pool, "_fileno_to_outq", ())):
+            for _ in range(2 * len(pool._cache)):
+                half_read = isgenerator(hub.readers.get(fileno, (None,))[0])  # the loop reads the rest
+                poll = select.poll()
+                poll.register(fileno, select.POLLIN)
+                if half_read or not poll.poll(0):
+                    break
+                pool.handle_result_event(fileno)
+
+
 class Consumer(consumer.Consumer):
     """Celery's consumer of tasks, which survives what is no task, and parks what is not due."""
 
@@ -115,6 +138,7 @@ class Consumer(consumer.Consumer):
             *(step for step in consumer.Consumer.Blueprint.default_steps if "delayed_delivery" not in step),
             EventsTogether,
             LastMoves,
+            ResultsFirst,
             Readiness,
         ]
 
