@@ -142,18 +142,12 @@ result_extended = True
 # rabbitmq - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-persistent
 result_persistent = True
 
-# The worker tries again while Redis is away, at least once a second. Without it, results are lost.
-# redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend-always-retry
-result_backend_always_retry = True
-result_backend_max_sleep_between_retries_ms = 1000
-
 # Every key starts with this name, which is YOURS, so that several projects can share one Redis and one ACL rule names
-# them all. The retry policy lets a client that queues a chord fail after 5 seconds when Redis cannot be reached.
-# A full Redis (maxmemory) is like one that is away: the worker waits until there is room, and no result is lost.
+# them all. A full Redis (maxmemory) is like one that is away: the worker waits until there is room, and no result is
+# lost.
 # redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend-transport-options
 result_backend_transport_options = {
     "global_keyprefix": "celery-demo:",
-    "retry_policy": {"timeout": 5.0},
     "additional_connection_errors": ["redis.exceptions.OutOfMemoryError"],
     **_environment.sentinel_options(_redis_url),
 }

@@ -39,7 +39,6 @@ PRICES = {
     "result without name and arguments": Price({"result_extended": False}),
     "no retries, no time-outs for Redis": Price(
         {
-            "result_backend_always_retry": False,
             "redis_socket_timeout": 120.0,
             "redis_socket_connect_timeout": None,
             "redis_socket_keepalive": False,
