@@ -175,6 +175,7 @@ def measure_trips(subject: Subject, sizes: Sizes) -> None:
         subject.record(subject.ask("all_at_once", sizes.tasks))
         after = processor_time(subject)
         subject.record({f"{who}_cpu_ms": (after[who] - before[who]) / sizes.tasks * 1e3 for who in after})
+        subject.record(subject.ask("together", sizes.tasks))
         subject.record(subject.ask("chunks", sizes.tasks))
         subject.record(subject.ask("group", sizes.group))
         subject.record(subject.ask("large", sizes.large))
@@ -384,6 +385,7 @@ QUANTITIES = {  # of the main table: what it is called, and its unit
     "p50_ms": ("One at a time, median", "ms"),
     "p99_ms": ("One at a time, 99th percentile", "ms"),
     "queued_per_s": ("{tasks:,} tasks: queued", "/s"),
+    "together_per_s": ("{tasks:,} tasks: queued, confirmed together", "/s"),
     "trips_per_s": ("{tasks:,} tasks: queued and fetched", "/s"),
     "chunks_per_s": ("{tasks:,} calls, ten in a task: queued and fetched", "/s"),
     "one_by_one_ms": ("Group of {group}: each `get()`", "ms"),
@@ -451,7 +453,8 @@ def summary_table(run: dict[str, Any]) -> list[str]:
             figures = run["figures"][store]
             ours = figures.get(OURS, {}).get(quantity)
             cells += [times(ratios(ours, figures.get(DEFAULT, {}).get(quantity))), spread(ours, unit)]
-        rows.append([name.format(**run["sizes"]), *cells])
+        if any(cells):
+            rows.append([name.format(**run["sizes"]), *cells])
     return markdown(rows)
 
 

@@ -3,6 +3,7 @@
 python -m lab.fault_client stream 1000     queue that many tasks, and fetch their results meanwhile
 python -m lab.fault_client queue 1000      queue them, print their ids, and wait to be killed
 python -m lab.fault_client fetch           fetch the results of the ids that it reads
+python -m lab.fault_client together 1000   queue them in one block of together(), then fetch their results
 python -m lab.fault_client burst 20000     queue them all, then fetch them all
 python -m lab.fault_client steady 12000    queue --rate of them a second, and never read each tenth result
 
@@ -25,6 +26,7 @@ from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 from redis import RedisError
 
+from hardening.publishing import NotPlaced, together
 from lab.fault_tasks import add_up, app, poison, work
 
 GET_TIMEOUT = 5.0  # seconds that one get() may take
@@ -50,6 +52,21 @@ def queue(signature: Any, patience: float = PATIENCE) -> Any:
             if time.monotonic() > deadline:
                 raise
             time.sleep(1)
+
+
+def queue_together(signatures: dict[str, Any]) -> None:
+    """Queue tasks in one block, slowly, so that something can break meanwhile; and again those that it names."""
+    while signatures:
+        try:
+            with together():
+                for number, signature in enumerate(signatures.values(), 1):
+                    queue(signature)
+                    say(sent=number)
+                    time.sleep(0.02)
+            return
+        except NotPlaced as exc:
+            noticed[f"{len(exc.ids)} ids in NotPlaced"] += 1
+            signatures = {task_id: signatures[task_id] for task_id in exc.ids}
 
 
 def fetch(result: AsyncResult[Any]) -> Any:
@@ -160,9 +177,9 @@ def say(**what: Any) -> None:
 
 
 def main() -> None:
-    """Do one of the five things."""
+    """Do one of the six things."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["stream", "queue", "fetch", "burst", "steady"])
+    parser.add_argument("part", choices=["stream", "queue", "fetch", "together", "burst", "steady"])
     parser.add_argument("tasks", type=int, nargs="?", default=0)
     parser.add_argument("--rate", type=int, default=20, help="tasks a second, for steady")
     parser.add_argument("--poison", action="store_true", help="put a task among them that kills its process")
@@ -180,6 +197,10 @@ def main() -> None:
             say(id=queue(task(number)).id, number=number)
         say(queued=arguments.tasks)
         time.sleep(600)
+    elif arguments.part == "together":
+        signatures = [task(number) for number in range(arguments.tasks)]
+        queue_together({signature.id: signature for signature in signatures})
+        fetcher.add([app.AsyncResult(signature.id) for signature in signatures], list(range(arguments.tasks)))
     elif arguments.part == "fetch":
         queued = [json.loads(line) for line in sys.stdin]
         fetcher.add([app.AsyncResult(one["id"]) for one in queued], [one["number"] for one in queued])

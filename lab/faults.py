@@ -252,6 +252,13 @@ FAULTS = [
     Fault("worker-cut-off", f"worker without network for {AWAY} s", cut_off, ("default", "results")),
     Fault("worker-cut-off-redis", f"worker cut off from Redis for {AWAY} s", cut_off, ("results",)),
     Fault("rabbitmq-restarted", "RabbitMQ stopped and started", restarted, ("rabbitmq",)),
+    Fault(
+        "rabbitmq-together",
+        "RabbitMQ stopped and started inside a block of `together()`",
+        restarted,
+        ("rabbitmq",),
+        client=("together", str(TASKS)),
+    ),
     Fault("rabbitmq-stopped", f"RabbitMQ stopped for {AWAY} s", stopped, ("rabbitmq",)),
     Fault("rabbitmq-killed", "RabbitMQ killed", killed, ("rabbitmq",)),
     Fault("rabbitmq-paused", f"RabbitMQ frozen for {AWAY} s", paused, ("rabbitmq",)),
@@ -305,7 +312,7 @@ def try_fault(stack: Stack, fault: Fault) -> Row:
         ids = "".join(f"{json.dumps(line)}\n" for line in client.said if "id" in line)
         client = Client(stack, "fetch", text=ids)
     else:
-        client.wait_for("fetched", at_least=100)
+        client.wait_for("sent" if fault.client[0] == "together" else "fetched", at_least=100)
         fault.inject(stack, *fault.what)
     report = client.wait_for("accepted")
     client.wait()
