@@ -249,7 +249,7 @@ def run_step(number: int, step: Callable[[], object]) -> str:
 
 def check_servers() -> None:
     """Raise ServerError unless the broker, the result backend and a worker that uses it are there."""
-    with witness.rabbitmq_channel(app.conf.broker_url):
+    with witness.rabbitmq_channel(service_url("RABBITMQ")):
         pass
     if isinstance(app.backend, BaseKeyValueStoreBackend):
         with witness.redis_client(service_url("REDIS")):
