@@ -23,14 +23,14 @@ from kombu.exceptions import OperationalError
 
 from .delays import delay_queue
 from .moves import PAUSE, Beside
+from .results import OUTCOMES, NotStored
 
 logger = get_logger(__name__)
 
 LOST_RETRY_DELAY = 5.0  # seconds, for a task that sets no default_retry_delay
 STORE_AWAY_DELAY = 5.0  # seconds until a task whose outcome could not be stored is looked at again
-NOT_STORED = "NotStored"  # the Reject of a pool process that could not store its result in time
 
-storing = Beside("outcomes")
+storing = Beside(OUTCOMES)
 
 
 def retry_delay(task: Any) -> Any:
@@ -72,7 +72,7 @@ class Request(request.Request):
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Store what the pool process could not. return_ok says that it has stored the failure itself."""
         exc = unwrapped(exc_info)
-        if type(exc).__name__ == NOT_STORED:
+        if isinstance(exc, NotStored):  # a pool process could not store its result in time
             request.task_ready(self)
             self._give_back(STORE_AWAY_DELAY)
         elif self._stores(exc, return_ok):

@@ -37,6 +37,10 @@ pools: Any = kombu.pools
 # --- The worker's patience ------------------------------------------------------------------------------------------
 
 
+# The thread of a worker's main process that stores outcomes (request.py): it tries once, and gives the message back.
+OUTCOMES = "outcomes"
+
+
 class NotStored(Reject):
     """The result could not be stored within the task's time limit: its message goes back, and the task runs again."""
 
@@ -65,6 +69,8 @@ def time_left(app: Any) -> float:
     """
     task = present_task(app)
     if task is None:
+        if threading.current_thread().name == OUTCOMES:
+            return 0.0
         in_worker = not _by_a_task and (app.loader.worker_initialized or celery_state.task_join_will_block())
         return math.inf if in_worker else 0.0
     request = task.request

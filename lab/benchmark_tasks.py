@@ -27,7 +27,7 @@ class Price:
 
 
 NOT_CONFIRMED: dict[str, Any] = {"broker_transport_options": {"confirm_publish": False}}
-CLASSIC = {"task_default_queue_type": "classic"}
+CLASSIC = {"task_default_queue_type": "classic", "task_create_missing_queue_type": "classic"}
 PRICES = {
     "publishing is not confirmed": Price(NOT_CONFIRMED),
     "classic queue, not quorum": Price(CLASSIC),

@@ -32,7 +32,7 @@ from rich.console import Console
 import witness
 
 # The names that celeryconfig.py gives them.
-QUEUE = "tasks"  # task_default_queue: also the name of the exchange and the routing key
+QUEUE = "tasks"  # task_default_queue: also the routing key
 KEY_PREFIX = "celery-demo:celery-task-meta-"  # global_keyprefix, then Celery's own prefix
 
 READY = ("SUCCESS", "FAILURE", "REVOKED")  # the states after which nothing more comes
@@ -98,16 +98,16 @@ def publish(channel: Any, task_id: str, task: str, args: list[Any], reply_to: st
     body = [args, {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
     show(
         "Send the task. The headers name it; the body holds its arguments, its keyword arguments and what runs next.",
-        exchange=f"{QUEUE}, with the routing key {QUEUE}",
+        exchange=f"the default one, with the queue's name as routing key: {QUEUE}",
         properties=properties,
         headers=headers,
         body=body,
     )
     channel.confirm_delivery()
-    # mandatory: without a queue behind the exchange the message is refused, not dropped in silence.
+    # mandatory: without a queue of that name the message is refused, not dropped in silence.
     message = pika.BasicProperties(headers=headers, **properties)
     try:
-        channel.basic_publish(QUEUE, QUEUE, json.dumps(body), message, mandatory=True)
+        channel.basic_publish("", QUEUE, json.dumps(body), message, mandatory=True)
     except (pika.exceptions.AMQPChannelError, pika.exceptions.UnroutableError, pika.exceptions.NackError) as exc:
         raise witness.ServerError(f"RabbitMQ does not take the message ({exc}). Restart the worker.") from None
     console.print("     -> RabbitMQ confirms that it has the message", style="green")

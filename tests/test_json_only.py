@@ -123,22 +123,6 @@ def test_the_client_of_an_unknown_task_is_told(tasks: ModuleType, shared_stack: 
     assert f"{REFUSED}, id '{result.id}': no task is called 'tasks.gone'\n" in log
 
 
-def test_a_policy_keeps_what_is_refused(redis_stack: Stack) -> None:
-    tasks = redis_stack.load("tasks")
-    definition = {"dead-letter-exchange": "", "dead-letter-routing-key": "refused"}
-    policy = {"pattern": "^tasks$", "apply-to": "queues", "definition": definition}
-    redis_stack.rabbitmq.request("PUT", f"policies/{redis_stack.vhost}/refused", policy)
-    with (
-        Worker(redis_stack.logs / "w.log", env=redis_stack.env),
-        witness.rabbitmq_channel(redis_stack.broker_url) as channel,
-    ):
-        channel.queue_declare("refused", durable=True)
-        publish(channel, "tasks", b"nonsense", {"x": 1})
-        kept = wait_until(lambda: channel.basic_get("refused", auto_ack=True)[2], "dead-lettered")
-        assert kept == b"nonsense"
-        assert tasks.add.delay(1, 2).get(timeout=20) == 3
-
-
 def test_another_project_refuses_too(redis_stack: Stack, tmp_path: Path) -> None:
     copy_settings(tmp_path)
     (tmp_path / "jobs.py").write_text(
