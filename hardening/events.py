@@ -1,7 +1,8 @@
 """The worker sends its events, which Flower shows, twice a second together and not one by one.
 
-RabbitMQ confirms each message, and the worker's main process waits for that: with three messages a task it would be
-busy with little else.
+What Celery lacks: its main process sends two or three messages for each task, one by one.
+What this does: it sends one message for half a second. They are not confirmed: see Consumer.connection_for_write.
+To go back: leave out worker_consumer. For Celery 5.7.
 """
 
 from typing import Any

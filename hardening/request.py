@@ -2,7 +2,7 @@
 
 What Celery lacks: when a task is revoked, expired, timed out, or lost with its process, the main process stores that
 itself, in its event loop. While the store is away it takes no task, answers nobody and does not end. And the retry of
-a lost task comes after three minutes, and over a wait for RabbitMQ.
+a lost task comes after three minutes.
 What this does: these outcomes are stored by one thread beside the loop, and the message is acknowledged after that. If
 the store is away, the message goes back to its queue for a while. The retry is the message itself, 5 seconds later.
 To go back: leave out worker_consumer. For Celery 5.7.
@@ -18,7 +18,7 @@ from billiard.einfo import ExceptionWithTraceback
 from celery import Task, signals
 from celery.exceptions import BackendStoreError, Ignore, Reject, Retry, Terminated, WorkerLostError
 from celery.utils.log import get_logger
-from celery.worker import request
+from celery.worker import control, request, state
 from kombu.exceptions import OperationalError
 
 from .delays import delay_queue
@@ -174,3 +174,23 @@ class Request(request.Request):
             task.request_stack.pop()
         logger.info("Task %s[%s] retry: %s", self.task_name, self.id, reason)
         return True
+
+
+# --- The command that revokes a task ---
+
+_celerys_revoke = control._revoke
+
+
+def _revoke(commands: Any, task_ids: Any, terminate: bool = False, signal: Any = None, **kwargs: Any) -> Any:
+    """Revoke tasks as Celery does; the look into the store, and the mark there, beside the loop."""
+    state.revoked.update(task_ids)
+    storing.do(partial(_celerys_revoke, commands, task_ids))
+    if not terminate:
+        return task_ids
+    found = list(control._find_requests_by_id(task_ids))
+    for each in found:
+        each.terminate(commands.consumer.pool, signal=signal)
+    return control.ok(f"terminate: {', '.join(each.id for each in found) or 'tasks unknown'}")
+
+
+control._revoke = _revoke
