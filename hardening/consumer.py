@@ -9,7 +9,7 @@ To go back: leave out worker_consumer. For Celery 5.7.
 """
 
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import isgenerator
 from typing import Any, ClassVar
@@ -61,6 +61,33 @@ HEADERS = {
 }
 NUMBER = (int, float, type(None))
 END_TIMEOUT = 5.0  # seconds
+
+
+# The limits that work in each pool; in any other one, none does.
+LIMITS = {"prefork": ("time_limit", "soft_time_limit"), "gevent": ("time_limit",)}
+
+
+def without_effect(worker: Any) -> Iterator[str]:
+    """Yield a line for what a worker consumes or is set to that does not work as these settings promise."""
+    classic = [
+        queue.name
+        for queue in worker.task_consumer.queues
+        if (queue.queue_arguments or {}).get("x-queue-type", "classic") == "classic"
+    ]
+    if classic:
+        yield (
+            f"These queues are classic: {', '.join(classic)}. They are on one machine of a cluster alone, and a task that "
+            "ends its worker comes back without end. See task_default_queue in celeryconfig.py."
+        )
+    pool = type(worker.pool).__module__.rpartition(".")[2]
+    vain = {
+        f"{limit} of {task.name}"
+        for task in worker.app.tasks.values()
+        for limit in ("time_limit", "soft_time_limit")
+        if limit not in LIMITS.get(pool, ()) and getattr(task, limit)
+    }
+    if vain:
+        yield f"These limits have no effect in this pool ({pool}): {', '.join(sorted(vain))}."
 
 
 def check(message: Any) -> None:
@@ -156,6 +183,13 @@ class Consumer(consumer.Consumer):
         connection = self.app.connection_for_write(*args, **kwargs)
         connection.transport_options = {**connection.transport_options, "confirm_publish": False}
         return self.ensure_connected(connection)
+
+    def on_ready(self) -> None:
+        """Say once what does not work as it should."""
+        if not self.restart_count:
+            for line in without_effect(self):
+                logger.warning(line)
+        super().on_ready()
 
     def call_soon_ack(self, p: Any, *args: Any, **kwargs: Any) -> Any:
         """Acknowledge at once when the event loop, which does it otherwise, has ended."""

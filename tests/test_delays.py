@@ -248,6 +248,45 @@ def test_a_delay_up_to_a_minute_needs_no_worker(stack: Stack, env: dict[str, str
         wait_until(lambda: worker.log.read_text().count(" succeeded in ") == 2, "run")
 
 
+# --- Queues of one's own ----------------------------------------------------------------------------------
+
+
+def test_queues_of_ones_own(stack: Stack, env: dict[str, str], tmp_path: Path, app: Any) -> None:
+    """A classic one, and a limit that the pool does not know, are named once; priorities work by themselves."""
+    (tmp_path / "own.py").write_text(
+        "from kombu import Queue\n"
+        "from jobs import app, where\n"
+        "app.conf.task_queues = [Queue('mail', queue_arguments={'x-queue-type': 'quorum'}), Queue('old')]\n"
+        "where.soft_time_limit = 3\n"
+    )
+    for priority in (1, 9, 5):
+        app.send_task("jobs.where", queue="mail", priority=priority)
+    with Worker(stack.logs / "w.log", "-P", "solo", app="own", env=env) as worker:
+        wait_until(lambda: worker.log.read_text().count(" succeeded in ") == 3, "they ran")
+        for queue in ("mail", "old"):
+            app.amqp.queues.create_missing_queue_type = "quorum" if queue == "mail" else "classic"
+            assert app.send_task("jobs.where", queue=queue, countdown=0.3).get(timeout=30)[0] == queue
+        log = worker.log.read_text()
+        assert log.count("These queues are classic: old. ") == 1
+        assert log.count("These limits have no effect in this pool (solo): soft_time_limit of jobs.where.") == 1
+
+
+def test_a_quorum_queue_refuses_a_maximum_for_its_priorities(stack: Stack) -> None:
+    """And serves the highest one first without it."""
+    quorum = {"x-queue-type": "quorum"}
+    with witness.rabbitmq_channel(stack.broker_url) as channel:
+        channel.queue_declare("mail", durable=True, arguments=quorum)
+        channel.confirm_delivery()
+        for priority in (1, 9, 5):
+            publish(channel, "mail", str(priority).encode(), {}, priority=priority)
+        assert [channel.basic_get("mail", auto_ack=True)[2] for _ in range(3)] == [b"9", b"5", b"1"]
+    with (
+        pytest.raises(witness.ServerError, match="PRECONDITION_FAILED"),
+        witness.rabbitmq_channel(stack.broker_url) as channel,
+    ):
+        channel.queue_declare("other", durable=True, arguments={**quorum, "x-max-priority": 10})
+
+
 # --- The parts of Celery that it changes ------------------------------------------------------------------
 
 
