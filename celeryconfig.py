@@ -89,7 +89,8 @@ accept_content = ["json"]
 
 # Refuses with one line what is no task, parks tasks with a countdown in RabbitMQ, and says whether the worker consumes.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#worker-consumer
-worker_consumer = _delays.CONSUMER
+if broker_url != "memory://":  # tests in one process: docs/copy-it.md
+    worker_consumer = _delays.CONSUMER
 
 # Each process holds one task and reserves none, so that an idle worker finds work and a dead one keeps little.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#worker-prefetch-multiplier
@@ -120,8 +121,10 @@ if _redis_url.startswith("sentinel"):
     result_backend = f"hardening.sentinel.SentinelBackend+{_redis_url}"
 elif _redis_url:
     result_backend = f"hardening.redis.RedisBackend+{_redis_url.removeprefix('redis+')}"
-else:
+elif _store == "rabbitmq":
     result_backend = "hardening.replies.ReplyQueueBackend"
+else:  # tests in one process
+    result_backend = "cache+memory://"
 
 # With rediss:// and sentinels://, check the server's certificate and host name (SSL_CERT_FILE as above).
 # redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#redis-backend-use-ssl
@@ -161,4 +164,4 @@ redis_socket_timeout = 5.0
 redis_socket_keepalive = not _redis_url.startswith("redis+socket://")
 
 # The celery command takes some variables for its own and lets them win over this file, in some processes only.
-_environment.refuse_overrides(broker_url, result_backend)
+_environment.refuse_overrides(globals())

@@ -22,6 +22,7 @@ from celery.worker import consumer
 from celery.worker.state import revoked
 from kombu.exceptions import ContentDisallowed, DecodeError
 
+from . import in_force
 from .dead_letters import DELIVERIES, dead_letter_queue, why_dead
 from .delays import delay_queue, seconds_left
 from .events import EventsTogether
@@ -171,6 +172,7 @@ class Consumer(consumer.Consumer):
 
     def __init__(self, *args: Any, app: Celery, **kwargs: Any) -> None:
         refuse_wrong_passwords(app)
+        in_force.say(app)
         self.moves, Request.consumer = Moves(self), self
         super().__init__(*args, app=app, **kwargs)
 

@@ -32,6 +32,9 @@ _SERVICES = {  # what a URL must match, what it looks like, its default
 }
 
 
+file: dict[str, Any] = {}  # the names in celeryconfig.py, for in_force.py
+
+
 def stop(problem: str) -> NoReturn:
     """End the process with one line: around any other exception the celery command prints a traceback."""
     raise SystemExit(f"celeryconfig: {problem}")
@@ -60,6 +63,8 @@ def service_url(service: str) -> str:
     """
     pattern, form, default = _SERVICES[service]
     url = os.environ.get(f"{service}_URL") or default
+    if (service, url) == ("RABBITMQ", "memory://"):  # a broker inside the process, for tests
+        return url
     urls = url.split(";") if service == "RABBITMQ" else [url]
     same = {(scheme, rest.partition("/")[2]) for scheme, _, rest in (one.partition("://") for one in urls)}
     if len(same) > 1 or not all(re.fullmatch(pattern, one, re.ASCII) for one in urls):
@@ -114,15 +119,18 @@ def sentinel_options(redis_url: str) -> dict[str, Any]:
 
 
 def result_store() -> str:
-    """Return RESULT_STORE: redis, which is the default, or rabbitmq. Any other value ends the process."""
+    """Return RESULT_STORE: redis, which is the default, rabbitmq, or memory for tests. Any other ends the process."""
     store = os.environ.get("RESULT_STORE") or "redis"
-    if store not in ("redis", "rabbitmq"):
+    if store not in ("redis", "rabbitmq", "memory"):
         stop(f"RESULT_STORE is {store!r}, but it must be redis or rabbitmq.")
     return store
 
 
-def refuse_overrides(broker_url: str, result_backend: str) -> None:
-    """End the process when Celery's own variables, or its options -b and --result-backend, would win over these two."""
+def refuse_overrides(settings: dict[str, Any]) -> None:
+    """End the process when Celery's own variables, or its options -b and --result-backend, would win over the file."""
+    global file
+    file = settings
+    broker_url, result_backend = settings["broker_url"], settings["result_backend"]
     for name in ("BROKER_URL", "CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
         if os.environ.get(name) not in (None, "", broker_url):
             stop(

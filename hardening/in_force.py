@@ -1,0 +1,61 @@
+"""One line at the worker's start: which broker, result store and queues are in force, and what is not as in the file.
+
+What Celery lacks: app.conf.update() after celeryconfig.py silently wins over it, and a settings object (Django's, a
+dictionary) that says the same silently loses.
+What this does: names both kinds of settings, without their values. URLs are shown without their passwords.
+To go back: leave out worker_consumer. For Celery 5.7.
+"""
+
+from collections.abc import Iterator, Mapping
+from logging import INFO, WARNING
+from typing import Any
+
+from celery import Celery
+from celery.utils.log import get_logger
+from kombu.utils.url import maybe_sanitize_url
+
+from . import environment
+
+logger = get_logger(__name__)
+
+
+def say(app: Celery) -> None:
+    """Log the line: as a warning when something is not as in the file."""
+    logger.log(WARNING if any(differences(app).values()) else INFO, line(app))
+
+
+def line(app: Celery) -> str:
+    """Return the line. Without celeryconfig.py it says so."""
+    queues = ", ".join(sorted(app.amqp.queues.consume_from))
+    store = app.backend.as_uri(include_password=False)
+    broker = app.conf.broker_read_url or "amqp://"  # one, several with ; between, or a list of them
+    urls = broker.split(";") if isinstance(broker, str) else broker
+    parts = [f"In force: broker {';'.join(map(maybe_sanitize_url, urls))}, results in {store}, queues {queues}"]
+    parts += [f"{title}: {', '.join(sorted(names))}" for title, names in differences(app).items() if names]
+    return "; ".join(parts) + "."
+
+
+def differences(app: Celery) -> dict[str, set[str]]:
+    """Return the names of settings that win over celeryconfig.py, and of those that lose against it."""
+    file = {name: value for name, value in environment.file.items() if name in app.conf.defaults[-1]}
+    if not file:
+        return {"without": {"celeryconfig.py"}}
+    changed = {name for name, value in file.items() if getattr(app.conf, name) != value}
+    lost = {
+        found
+        for name, value in file.items()
+        if name not in changed
+        for found, other in _set_in(app, name)
+        if other != value
+    }
+    return {"not as in celeryconfig.py": changed, "without effect, for celeryconfig.py wins": lost}
+
+
+def _set_in(app: Celery, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield each place's own spelling and value of a setting; the last place is Celery's defaults."""
+    places: list[Mapping[str, Any]] = app.conf.maps[:-1]
+    for place in places:
+        for spelling in app.conf._to_keys(name):
+            if spelling in place:
+                yield spelling, place[spelling]
+                break

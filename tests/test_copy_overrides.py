@@ -1,0 +1,95 @@
+"""The worker's start says which broker and store are in force, and which settings are not as in celeryconfig.py."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lab.servers import Worker, run
+from tests.conftest import Stack, copy_settings
+
+JOBS = """
+import celeryconfig
+from celery import Celery
+
+app = Celery("jobs")
+{how}
+
+
+@app.task
+def double(x):
+    return 2 * x
+"""
+FILE = 'app.config_from_object("celeryconfig")'
+UPDATED = FILE + '\napp.conf.update(result_expires=60, result_backend="redis://user:s3cret@127.0.0.1:1/0")'
+SETTINGS_OBJECT = """app.config_from_object({"CELERY_BROKER_URL": "redis://:s3cret@old/0", "CELERY_TASK_TIME_LIMIT": 30,
+    "CELERY_RESULT_BACKEND": "django-db", "CELERY_TASK_ACKS_LATE": True}, namespace="CELERY")
+app.add_defaults(celeryconfig)"""
+CONSTRUCTOR = FILE + '\napp.conf.broker_url = ["amqp://a:s3cret@one//", "amqp://a:s3cret@two//"]'
+OTHER_FILE = (
+    'app.config_from_object({"worker_consumer": "hardening.consumer:Consumer"})\nimport hardening.environment\n'
+)
+OTHER_FILE += "hardening.environment.file = {}"
+
+
+def _line(folder: Path, how: str, **env: str) -> str:
+    copy_settings(folder)
+    (folder / "jobs.py").write_text(JOBS.format(how=how))
+    done = run(
+        sys.executable,
+        "-c",
+        "from hardening import in_force; from jobs import app; print(in_force.line(app))",
+        cwd=folder,
+        env={"RABBITMQ_URL": "amqp://demo:s3cret@mq/demo", "REDIS_URL": "redis://demo:s3cret@cache/0", **env},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "s3cret" not in done.stdout
+    return done.stdout.strip()
+
+
+def test_as_in_the_file(tmp_path: Path) -> None:
+    expected = "In force: broker amqp://demo:**@mq/demo, results in redis://demo:**@cache/0, queues tasks."
+    assert _line(tmp_path, FILE, RESULT_STORE="redis") == expected
+
+
+def test_results_in_rabbitmq(tmp_path: Path) -> None:
+    expected = "In force: broker amqp://demo:**@mq/demo, results in rpc://, queues tasks."
+    assert _line(tmp_path, FILE, RESULT_STORE="rabbitmq") == expected
+
+
+def test_a_later_update_is_named(tmp_path: Path) -> None:
+    line = _line(tmp_path, UPDATED, RESULT_STORE="redis")
+    assert "results in redis://user:**@127.0.0.1:1/0" in line
+    assert line.endswith("; not as in celeryconfig.py: result_backend, result_expires.")
+
+
+def test_a_settings_object_that_loses_is_named(tmp_path: Path) -> None:
+    """Its other settings, and those that say the same, are not."""
+    line = _line(tmp_path, SETTINGS_OBJECT, RESULT_STORE="redis")
+    assert "broker amqp://demo:**@mq/demo, results in redis://demo:**@cache/0" in line
+    assert line.endswith("; without effect, for celeryconfig.py wins: CELERY_BROKER_URL, CELERY_RESULT_BACKEND.")
+
+
+def test_no_password_of_several_brokers_is_shown(tmp_path: Path) -> None:
+    line = _line(tmp_path, CONSTRUCTOR, RESULT_STORE="redis")
+    assert "broker amqp://a:**@one//;amqp://a:**@two//," in line
+    assert line.endswith("; not as in celeryconfig.py: broker_url.")
+
+
+def test_no_password_of_a_sentinel_is_shown(tmp_path: Path) -> None:
+    line = _line(tmp_path, FILE, RESULT_STORE="redis", REDIS_URL="sentinel://demo:s3cret@one;two;three/0")
+    assert "results in sentinel://" in line
+
+
+def test_settings_of_another_file_are_named(tmp_path: Path) -> None:
+    assert _line(tmp_path, OTHER_FILE).endswith("; without: celeryconfig.py.")
+
+
+@pytest.mark.parametrize(("how", "level"), [(FILE, "INFO"), (FILE + "\napp.conf.result_expires = 60", "WARNING")])
+def test_the_worker_says_it_once(redis_stack: Stack, tmp_path: Path, how: str, level: str) -> None:
+    copy_settings(tmp_path)
+    (tmp_path / "jobs.py").write_text(JOBS.format(how=how))
+    with Worker(redis_stack.logs / "jobs.log", cwd=tmp_path, app="jobs", env=redis_stack.env) as worker:
+        lines = [line for line in worker.log.read_text().splitlines() if "In force: " in line]
+    assert len(lines) == 1
+    assert f": {level}/MainProcess] In force: broker amqp://" in lines[0]
