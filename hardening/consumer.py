@@ -77,8 +77,8 @@ def without_effect(worker: Any) -> Iterator[str]:
     ]
     if classic:
         yield (
-            f"These queues are classic: {', '.join(classic)}. They are on one machine of a cluster alone, and a task that "
-            "ends its worker comes back without end. See task_default_queue in celeryconfig.py."
+            f"These queues are classic: {', '.join(classic)}. They are on one machine of a cluster alone, and a task "
+            "that ends its worker comes back without end. See task_default_queue in celeryconfig.py."
         )
     pool = type(worker.pool).__module__.rpartition(".")[2]
     vain = {
