@@ -71,6 +71,16 @@ def _end(**_: Any) -> None:
     _until.set(0.0)
 
 
+@contextmanager
+def answers_within(seconds: float) -> Iterator[None]:
+    """Wait no longer for RabbitMQ's answers, in all, in this block. Raises RecoverableConnectionError."""
+    token = _until.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _until.reset(token)
+
+
 def _task_id(message: Any) -> str | None:
     """Return the id of the task in a message, or nothing if it holds none."""
     headers = message.properties.get("application_headers") or {}

@@ -103,8 +103,9 @@ class KeyConsumer(OneReader, redis.ResultConsumer):
         except BaseException:
             self._pubsub = None
             raise
+        known = set(announced)
         for key, payload in zip(looked_at, stored, strict=True):
-            if (key, payload) not in announced:
+            if (key, payload) not in known:
                 self._hand_out(key, payload, snapshot=True, final=not told)
         for key, payload in announced:
             self._hand_out(key, payload)

@@ -15,13 +15,14 @@ from queue import Empty
 from typing import Any
 
 from celery.backends import rpc
+from celery.exceptions import BackendGetMetaError
 from celery.result import result_from_tuple
 from celery.states import PENDING, READY_STATES, SUCCESS
 from kombu.common import maybe_declare
 from kombu.exceptions import OperationalError
 from kombu.serialization import loads
 
-from .publishing import bounded_policy
+from .publishing import answers_within, bounded_policy
 from .results import OneBackend, OneReader, Wait, celery_state, present_task, time_left, wait_for
 
 _logger = logging.getLogger(__name__)
@@ -134,7 +135,8 @@ class ReplyConsumer(OneReader, rpc.ResultConsumer):
         try:
             connection.ensure_connection(max_retries=max(len(connection.alt) - 1, 0))
             # In a cluster, RabbitMQ does not answer while the node with the queue is away.
-            with connection.connection.transport.having_timeout(self.answer_timeout):
+            transport = connection.connection.transport
+            with answers_within(self.answer_timeout), transport.having_timeout(self.answer_timeout):
                 channel = connection.default_channel
                 for queue in queues:
                     queue(channel).declare()
@@ -357,8 +359,16 @@ class ReplyQueueBackend(OneBackend, rpc.RPCBackend):
                 raise OperationalError(str(exc)) from exc
 
     def get_task_meta(self, task_id: str, backlog_limit: int = 0) -> Any:
-        """Return a task's latest state, for .state and .ready(). Raises OperationalError when RabbitMQ is away."""
-        self.result_consumer.poll(self.result_consumer.answer_timeout)
+        """Return a task's latest state, for .state and .ready().
+
+        Raises OperationalError when RabbitMQ is away, and in a worker BackendGetMetaError, which Celery expects there.
+        """
+        try:
+            self.result_consumer.poll(self.result_consumer.answer_timeout)
+        except OperationalError as exc:
+            if time_left(self.app):
+                raise BackendGetMetaError(f"{task_id}: {exc}") from exc
+            raise
         if meta := self.result_consumer.inbox.get(task_id):
             return self.meta_from_decoded(meta)
         return {"status": PENDING, "result": None}

@@ -21,12 +21,11 @@ from contextlib import suppress
 from typing import Any
 
 import kombu.pools
-from billiard import current_process
 from celery import _state, current_app
 from celery.backends.asynchronous import BaseResultConsumer, _waiting_on
 from celery.exceptions import Reject, TimeoutError
 from celery.result import ResultSet
-from celery.signals import task_prerun
+from celery.signals import task_prerun, worker_process_init
 from celery.states import READY_STATES
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +52,14 @@ def _note_start(task: Any, **kwargs: Any) -> None:
     task.request.began = time.monotonic()
 
 
+_in_pool = False  # this process runs a worker's tasks
 _by_a_task = False  # a task has started this process, which is a client then
+
+
+@worker_process_init.connect(weak=False)
+def _note_pool(**kwargs: Any) -> None:
+    global _in_pool
+    _in_pool = True
 
 
 def present_task(app: Any) -> Any:
@@ -181,8 +187,8 @@ def _start_afresh() -> None:
     global _lock, _by_a_task
     _lock = threading.Lock()
     backends = list(_backends)
-    if getattr(current_process(), "_parent_pid", None) or any(backend.app.current_worker_task for backend in backends):
-        _by_a_task = True  # pool processes start none
+    if _in_pool or any(backend.app.current_worker_task for backend in backends):
+        _by_a_task = True
         celery_state._set_task_join_will_block(False)
     for pool in pools.connections.values():
         for connection in (*pool._dirty, *pool._resource.queue):
@@ -235,13 +241,17 @@ class Wait:
 
     def ready(self) -> bool:
         """Tell whether nothing is missing any more."""
-        done = self.result.on_ready.ready
-        for task_id, members in list(self.missing.items()):
-            if all(member._cache for member in members):
+        done = self.result.on_ready.ready  # a chord says so, for members without a result
+        for task_id in list(self.missing) if done else self._first_missing():
+            if all(member._cache for member in self.missing[task_id]):
                 self.arrived.extend(self.missing.pop(task_id))
             elif not done:
                 return False
         return True
+
+    def _first_missing(self) -> Iterator[str]:
+        while self.missing:
+            yield next(iter(self.missing))
 
     def has_news(self) -> bool:
         """Tell whether get() has something to do."""
