@@ -11,6 +11,7 @@ from logging import INFO, WARNING
 from typing import Any
 
 from celery import Celery
+from celery.app.defaults import SETTING_KEYS
 from celery.utils.log import get_logger
 from kombu.utils.url import maybe_sanitize_url
 
@@ -37,7 +38,7 @@ def line(app: Celery) -> str:
 
 def differences(app: Celery) -> dict[str, set[str]]:
     """Return the names of settings that win over celeryconfig.py, and of those that lose against it."""
-    file = {name: value for name, value in environment.file.items() if name in app.conf.defaults[-1]}
+    file = {name: value for name, value in environment.file.items() if name in SETTING_KEYS}
     if not file:
         return {"without": {"celeryconfig.py"}}
     changed = {name for name, value in file.items() if getattr(app.conf, name) != value}

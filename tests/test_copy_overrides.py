@@ -25,6 +25,10 @@ UPDATED = FILE + '\napp.conf.update(result_expires=60, result_backend="redis://u
 SETTINGS_OBJECT = """app.config_from_object({"CELERY_BROKER_URL": "redis://:s3cret@old/0", "CELERY_TASK_TIME_LIMIT": 30,
     "CELERY_RESULT_BACKEND": "django-db", "CELERY_TASK_ACKS_LATE": True}, namespace="CELERY")
 app.add_defaults(celeryconfig)"""
+OLD_NAMES = """app.config_from_object({"BROKER_URL": "redis://:s3cret@old/0", "CELERY_RESULT_BACKEND": "django-db",
+    "CELERY_ALWAYS_EAGER": True})
+app.add_defaults(celeryconfig)
+assert app.conf.task_always_eager"""
 CONSTRUCTOR = FILE + '\napp.conf.broker_url = ["amqp://a:s3cret@one//", "amqp://a:s3cret@two//"]'
 OTHER_FILE = (
     'app.config_from_object({"worker_consumer": "hardening.consumer:Consumer"})\nimport hardening.environment\n'
@@ -68,6 +72,13 @@ def test_a_settings_object_that_loses_is_named(tmp_path: Path) -> None:
     line = _line(tmp_path, SETTINGS_OBJECT, RESULT_STORE="redis")
     assert "broker amqp://demo:**@mq/demo, results in redis://demo:**@cache/0" in line
     assert line.endswith("; without effect, for celeryconfig.py wins: CELERY_BROKER_URL, CELERY_RESULT_BACKEND.")
+
+
+def test_a_settings_object_with_old_names_loses_like_one_with_new_names(tmp_path: Path) -> None:
+    """And what else it sets stays."""
+    line = _line(tmp_path, OLD_NAMES, RESULT_STORE="redis")
+    assert "broker amqp://demo:**@mq/demo, results in redis://demo:**@cache/0" in line
+    assert line.endswith("; without effect, for celeryconfig.py wins: BROKER_URL, CELERY_RESULT_BACKEND.")
 
 
 def test_no_password_of_several_brokers_is_shown(tmp_path: Path) -> None:
