@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import isgenerator
 from typing import Any, ClassVar
+from uuid import uuid4
 
 from celery import Celery, bootsteps
 from celery.app.task import Context
@@ -174,6 +175,12 @@ class Consumer(consumer.Consumer):
         refuse_wrong_passwords(app)
         in_force.say(app)
         self.moves, Request.consumer = Moves(self), self
+        # The first connection's control queue shows that no other worker has this name. It may outlive the connection,
+        # on a RabbitMQ node that is cut off, and would keep a later one out: these have queues of their own.
+        control: Any = app.control
+        mailbox, end_of_name = control.mailbox, iter([""])
+        queue_of = type(mailbox).get_queue
+        mailbox.get_queue = lambda name: queue_of(mailbox, name + next(end_of_name, f".{uuid4().hex[:8]}"))
         super().__init__(*args, app=app, **kwargs)
 
     def connection_for_write(self, *args: Any, **kwargs: Any) -> Any:

@@ -40,6 +40,25 @@ class Client(redis.Client):
         return answer
 
 
+class _AsksSentinels:
+    """A connection that asks for the master at each attempt; redis-py's own asks for each command, and then no more."""
+
+    def connect_check_health(self, *args: Any, **kwargs: Any) -> None:
+        """Connect, if it is not connected. Raises redis.ConnectionError."""
+        connection: Any = self
+        if not connection._sock:
+            connection.host, connection.port = connection.connection_pool.get_master_address()
+        super().connect_check_health(*args, **kwargs)  # type: ignore[misc]
+
+
+class Connection(_AsksSentinels, celerys.redis.sentinel.SentinelManagedConnection):
+    """A connection to the master."""
+
+
+class TLSConnection(_AsksSentinels, celerys.redis.sentinel.SentinelManagedSSLConnection):
+    """The same with TLS."""
+
+
 class KeyConsumer(redis.KeyConsumer):
     """Notices a master that is silent because it hangs, or because the network is cut."""
 
@@ -63,7 +82,7 @@ class SentinelBackend(redis.RedisBackend, celerys.SentinelBackend):
     """RedisBackend, for the master that Sentinels name."""
 
     ResultConsumer = KeyConsumer
-    connection_class = celerys.redis.sentinel.SentinelManagedConnection
+    connection_class, connection_class_ssl = Connection, TLSConnection
 
     def _get_client(self) -> type[Client]:
         return Client

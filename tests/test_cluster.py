@@ -1,4 +1,4 @@
-"""A result counts as stored when a replica has it; the cluster itself is run by lab/cluster_faults.py."""
+"""What a cluster needs of a client and a worker; the cluster itself is run by lab/cluster_faults.py."""
 
 import socket
 import sys
@@ -11,10 +11,13 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 from kombu.exceptions import OperationalError
+from pika.exceptions import ChannelClosedByBroker
 
+import witness
 from hardening.sentinel import NO_MASTER, WRITES, Client
-from lab.servers import Worker, run
+from lab.servers import Worker, run, wait_until
 from tests.conftest import Stack
+from tests.proxy import Proxy
 
 
 @pytest.fixture
@@ -82,3 +85,30 @@ def test_results_through_a_unix_socket(redis_stack: Stack, tmp_path: Path) -> No
         with Worker(redis_stack.logs / "socket.log", env=env):
             tour = run(sys.executable, "producer.py", "value", "where", env=env)
         assert tour.returncode == 0, tour.stdout + tour.stderr
+
+
+def test_a_worker_comes_back_while_another_connection_holds_its_control_queue(
+    redis_stack: Stack, tmp_path: Path
+) -> None:
+    """So does RabbitMQ's node that is cut off, for its own end of the old connection."""
+    with Proxy(redis_stack.broker_url) as proxy:
+        log = tmp_path / "held.log"
+        with Worker(log, env={**redis_stack.env, "RABBITMQ_URL": proxy.url()}) as worker:
+            proxy.cut()
+            with witness.rabbitmq_channel(redis_stack.broker_url) as channel:
+                name = f"held@{socket.gethostname()}.celery.pidbox"
+
+                def hold() -> bool:
+                    nonlocal channel
+                    try:
+                        channel.queue_declare(name, exclusive=True)
+                    except ChannelClosedByBroker:  # RabbitMQ has not noticed yet
+                        channel = channel.connection.channel()
+                        return False
+                    return True
+
+                wait_until(hold, "the worker's queue is free")
+                proxy.restore()
+                wait_until(lambda: log.read_text().count("Connected to") == 2, f"worker connected again, {log}")
+                assert redis_stack.load("tasks").add.delay(2, 3).get(timeout=30) == 5
+            assert worker.process.poll() is None
