@@ -5,6 +5,7 @@
   .ci/closed.py env        passwords that need escaping, from .env; then a changed one with the old volume
   .ci/closed.py files      the same passwords, from files
   .ci/closed.py tls        the same with TLS alone
+  .ci/closed.py cluster    three nodes of each server, with TLS and passwords from files
 
 .ci/run sets the variables that give the stack a name and ports of its own.
 """
@@ -25,7 +26,7 @@ from urllib.parse import quote
 COMPOSE = ["docker", "compose"]
 TIMEOUT = 300.0  # seconds that a command may take
 PAGES = {"flower": os.environ.get("FLOWER_PORT", "5555"), "rabbitmq": os.environ.get("RABBITMQ_PORT", "15672")}
-SERVERS = ("rabbitmq", "redis")  # started as root by their images, which drop it
+SERVERS = ("rabbitmq", "redis", "sentinel")  # and -2, -3 in the cluster; started as root by their images, which drop it
 # Every character that a URL, a shell, a JSON or a .env file could take for its own, and each password another.
 PASSWORDS = {name: f'{name}Begins p@ss:q/o%z#d,$y"z\\ ends{name}' for name in ("rabbitmq", "redis", "flower")}
 
@@ -142,10 +143,11 @@ def check_containers(found: dict[str, Any]) -> None:
         host, user = container["HostConfig"], container["Config"]["User"]
         closed = {
             "read-only": host["ReadonlyRootfs"] and not host["Privileged"],
-            "without capabilities": host["CapDrop"] == ["ALL"] and (service in SERVERS or not host["CapAdd"]),
+            "without capabilities": host["CapDrop"] == ["ALL"]
+            and (service.partition("-")[0] in SERVERS or not host["CapAdd"]),
             "without new privileges": "no-new-privileges:true" in (host["SecurityOpt"] or []),
             "limited": host["Memory"] > 0 and host["PidsLimit"] > 0,
-            "not root": service in SERVERS or user not in ("", "0", "root"),
+            "not root": service.partition("-")[0] in SERVERS or user not in ("", "0", "root"),
         }
         if container["State"]["Running"]:
             lines = compose("exec", "-T", service, "cat", "/proc/1/status").splitlines()
@@ -333,8 +335,33 @@ def tls() -> None:
     say("the tour with the other store")
 
 
+def cluster() -> None:
+    """Three nodes of each server, with TLS and passwords from files: the tour with both stores."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, value in PASSWORDS.items():
+            Path(folder, f"{name}_password").write_text(value + "\n")
+        os.environ["SECRETS"] = folder
+        overlays = ("cluster", "tls", "cluster.tls", "secrets")
+        use(
+            "docker-compose.yml",
+            *(f"lab/docker-compose.{name}.yml" for name in overlays),
+            "docker-compose.override.yml",
+        )
+        for store in ("redis", "rabbitmq"):
+            os.environ["RESULT_STORE"] = store
+            up()
+            say(f"the tour with results in {store}")
+        found = containers()
+        assert {"rabbitmq-3", "redis-3", "sentinel-3"} <= set(found), found
+        check_ports(found)
+        check_containers(found)
+        trust = ssl.create_default_context(cadata=compose("exec", "-T", "flower", "cat", "/run/tls/ca.pem"))
+        check_logins({service: f"demo:{PASSWORDS[service]}" for service in PAGES}, trust)
+        check_nothing_shows(found, compose("--profile=*", "config"), json.dumps(found))
+
+
 if __name__ == "__main__":
-    way = {"default": default, "env": env, "files": files, "tls": tls}[sys.argv[1]]
+    way = {"default": default, "env": env, "files": files, "tls": tls, "cluster": cluster}[sys.argv[1]]
     try:
         way()
     except AssertionError as exc:
