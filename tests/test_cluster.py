@@ -15,7 +15,9 @@ from pika.exceptions import ChannelClosedByBroker
 
 import witness
 from hardening.sentinel import NO_MASTER, WRITES, Client
-from lab.servers import Worker, run, wait_until
+from lab.cluster_faults import FAULTS
+from lab.faults import table
+from lab.servers import ROOT, Worker, run, wait_until
 from tests.conftest import Stack
 from tests.proxy import Proxy
 
@@ -112,3 +114,14 @@ def test_a_worker_comes_back_while_another_connection_holds_its_control_queue(
                 wait_until(lambda: log.read_text().count("Connected to") == 2, f"worker connected again, {log}")
                 assert redis_stack.load("tasks").add.delay(2, 3).get(timeout=30) == 5
             assert worker.process.poll() is None
+
+
+def test_the_page_shows_every_fault_and_nothing_is_lost() -> None:
+    page = (ROOT / "docs" / "beyond-one-machine.md").read_text()
+    header, _, *rows = page.split("<!-- cluster faults -->\n")[1].split("\n\n")[0].splitlines()
+    assert header == table([], FAULTS).splitlines()[0]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    shown = {(what, store) for what, store, *_ in cells}
+    assert shown >= {(fault.text, "redis") for fault in FAULTS}
+    assert {store for _, store in shown} == {"redis", "rabbitmq"}
+    assert {lost for _, _, _, _, lost, *_ in cells} == {"0"}
