@@ -111,12 +111,14 @@ def _redis_admin(url: str) -> redis.Redis:
 def free_redis_database(url: str) -> str:
     """Return the URL of an empty Redis database, marked as taken."""
     parts = urlsplit(url)
-    for database in range(15, 0, -1):
+    with _redis_admin(url) as client:
+        databases = int(client.config_get("databases")["databases"])
+    for database in range(databases - 1, 0, -1):
         candidate = parts._replace(path=f"/{database}").geturl()
         with _redis_admin(candidate) as client:
             if client.dbsize() == 0 and client.set(TAKEN, "1", nx=True, ex=3600):
                 return candidate
-    raise RuntimeError("every Redis database from 1 to 15 has keys in it")
+    raise RuntimeError(f"every Redis database from 1 to {databases - 1} has keys in it")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 # transactions, those of chords, when it reads its file after a restart. Redis gets hashes of the passwords.
 #
 # appendonly: results survive a restart. noeviction: a full Redis keeps what it has and refuses new results, whose
-# workers then wait: leave room for all results of result_expires.
+# workers then wait: leave room for all results of result_expires. The tests take many databases.
 #
 # DEMO_PASSWORD   demo's password; when empty, /run/secrets/redis_password has it
 # CONFIG, MASTER  in a cluster: see redis-node.sh
@@ -30,7 +30,7 @@ announcements="+publish +subscribe +unsubscribe"
 chords="+incrby +exists +evalsha +script|load +rpush +llen +lrange +zadd +zcount +zrange +sadd +sismember"
 
 # shellcheck disable=SC2086 # these are several words each
-exec docker-entrypoint.sh redis-server ${CONFIG:-} --appendonly yes --maxmemory 256mb --maxmemory-policy noeviction \
+exec docker-entrypoint.sh redis-server ${CONFIG:-} --appendonly yes --maxmemory 256mb --maxmemory-policy noeviction --databases 64 \
   --user default off "~*" "&*" +@all \
   --user admin on "#$(hash "$(cat "$admin")")" "~*" "&*" +@all \
   --user demo on "#$(cat /run/admin/demo)" "~celery-demo:*" "&celery-demo:*" -@all \

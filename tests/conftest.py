@@ -25,7 +25,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     """Say at the start how long it takes."""
     if config.option.markexpr == "slow":
         return f"These are the long ones alone. They take about 6 minutes {QUIET}."
-    return f"All of them take about 4 minutes {QUIET}, -n 4 at once; those marked slow are left out: -m slow runs them."
+    return f"All of them take about 6 minutes {QUIET}, -n 6 at once; those marked slow are left out: -m slow runs them."
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
