@@ -17,8 +17,6 @@ import pika.exceptions
 import redis
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
-from hardening.environment import sentinel_options
-
 TIMEOUT = 5.0  # seconds that a server has for its answer
 
 
@@ -100,9 +98,12 @@ def rabbitmq_channel(url: str) -> Iterator[Any]:
 def _redis(url: str) -> redis.Redis:
     options: dict[str, Any] = {"socket_connect_timeout": TIMEOUT, "socket_timeout": TIMEOUT, "retry": None}
     options["decode_responses"] = True
-    names, first = sentinel_options(url), urlsplit(url.partition(";")[0])
-    if not names:
+    first = urlsplit(url.partition(";")[0])
+    if not first.scheme.startswith("sentinel"):
         return redis.Redis.from_url(url.replace("redis+socket://", "unix://").replace("virtual_host", "db"), **options)
+    from hardening.environment import sentinel_options  # imports Celery, which lab/wire.py does without
+
+    names = sentinel_options(url)
     if first.username or first.password:
         options |= {"username": unquote(first.username or "default"), "password": unquote(first.password or "")}
     sentinels = [(one.hostname, one.port or 26379) for one in map(urlsplit, url.split(";"))]
