@@ -288,6 +288,7 @@ def together() -> Iterator[None]:
     RabbitMQ has confirmed all of them. If the connection is lost, it sends again what is not confirmed, so that a task
     may run twice. Raises NotPlaced with the ids of what RabbitMQ has not taken for LIMIT seconds, at the end or in the
     call that finds out. If the block raises, what it has sent is still waited for. A block in a block belongs to it.
+    Fetch results after the block: only its end makes sure that the tasks are there.
     """
     outer = _block.get()
     if outer and outer.mine():
