@@ -101,6 +101,9 @@ def check(message: Any) -> None:
     for name, kind in HEADERS.items():
         if not isinstance(headers.get(name), kind):
             raise InvalidTaskError(f"the header {name} is {headers.get(name)!r:.50}")
+    for name in ("task", "id", "shadow"):  # Celery writes these into the log as they are
+        if not (headers.get(name) or "").isprintable():
+            raise InvalidTaskError(f"the header {name} is {headers[name]!r:.50}")
     if not headers["id"]:
         raise InvalidTaskError("the header id is empty")
     limits = headers.get("timelimit") or (None, None)

@@ -107,6 +107,7 @@ def test_names_that_end_alike_are_different_queues(stack: Stack, env: dict[str, 
         results = {name: app.send_task("jobs.where", queue=name, countdown=0.5) for name in ("mail", "high.mail")}
         for name, result in results.items():
             assert result.get(timeout=30)[0] == name
+        wait_until(lambda: worker.log.read_text().count(" succeeded in ") >= 2, "both are logged")
         assert worker.log.read_text().count(" succeeded in ") == 2
 
 
