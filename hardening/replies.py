@@ -135,8 +135,7 @@ class ReplyConsumer(OneReader, rpc.ResultConsumer):
         try:
             connection.ensure_connection(max_retries=max(len(connection.alt) - 1, 0))
             # In a cluster, RabbitMQ does not answer while the node with the queue is away.
-            transport = connection.connection.transport
-            with answers_within(self.answer_timeout), transport.having_timeout(self.answer_timeout):
+            with answers_within(self.answer_timeout):
                 channel = connection.default_channel
                 for queue in queues:
                     queue(channel).declare()
@@ -145,9 +144,6 @@ class ReplyConsumer(OneReader, rpc.ResultConsumer):
                     channel, queues, accept=self.accept, on_message=self._on_reply, on_decode_error=self._drop
                 )
                 consumer.consume()
-        except TimeoutError as exc:
-            connection.collect()
-            raise OperationalError("no answer") from exc
         except BaseException:
             connection.collect()
             raise
