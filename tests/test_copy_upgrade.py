@@ -216,14 +216,14 @@ def test_from_an_older_version(redis_stack: Stack, tmp_path: Path) -> None:
     )
     with old.worker("tasks"):  # it binds the delays
         old.client("print(double.delay(1).get(timeout=30))")
-    waiting = old.queue(2) + old.queue(1, countdown=8)
     new = _new(redis_stack, tmp_path, mails="tasks")
     settings = new.folder / "celeryconfig.py"
     settings.write_text(settings.read_text().replace('"celery-demo:"', '"older:"'))
+    waiting = old.queue(2) + old.queue(1, countdown=10)
     exit_code, lines = new.check()
     assert exit_code == 0, lines
-    assert "ok     queue tasks: exists, of the same form; messages: 4, consumers: 0" in lines
-    assert any(line.startswith("WAITS  queue celery_delayed_") for line in lines), lines
+    held = any(line.startswith("WAITS  queue celery_delayed_") for line in lines)  # or due already
+    assert f"ok     queue tasks: exists, of the same form; messages: {4 if held else 6}, consumers: 0" in lines
     with new.worker("tasks"):
         with old.worker("tasks"):
             clients = [side.waiting_client() for side in (old, new)]
