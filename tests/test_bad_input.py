@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from hardening.environment import service_url
 from lab.servers import run
 from tests.conftest import Stack
 
@@ -49,7 +50,6 @@ def test_unknown_result_store(command: tuple[str, ...]) -> None:
     assert line == "celeryconfig: RESULT_STORE is 'memcached', but it must be redis or rabbitmq."
 
 
-@BOTH
 @pytest.mark.parametrize(
     ("name", "url"),
     [
@@ -74,11 +74,22 @@ def test_unknown_result_store(command: tuple[str, ...]) -> None:
         ("REDIS_URL", "redis://redis:6379/\u0663"),
     ],
 )
-def test_malformed_url(command: tuple[str, ...], name: str, url: str) -> None:
-    line = _one_line(command, {**REDIS, name: url})
+def test_malformed_url(name: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, url)
+    with pytest.raises(SystemExit) as end:
+        service_url(name.removesuffix("_URL"))
+    line = str(end.value)
     assert line.startswith(f"celeryconfig: {name} is malformed. It must look like ")
     assert "secret" not in line
     assert "cretword" not in line
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["RABBITMQ_URL", "REDIS_URL"])
+def test_a_malformed_url_ends_the_process(command: tuple[str, ...], name: str) -> None:
+    line = _one_line(command, {**REDIS, name: "http://:secretword@elsewhere"})
+    assert line.startswith(f"celeryconfig: {name} is malformed. It must look like ")
+    assert "secretword" not in line
 
 
 @BOTH

@@ -159,6 +159,7 @@ def test_memory_and_processes_are_limited() -> None:
     assert (int(memory), int(processes)) == (4 * 2**30, 500)  # mem_limit of the service tests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["RABBITMQ", "REDIS"])
 @pytest.mark.parametrize("password", ["p@ss:w/o%r#d x'\"$\\é", "%70%40", " "])
 def test_no_error_shows_a_password(wrong: str, password: str) -> None:
