@@ -39,7 +39,7 @@ if broker_url.startswith("amqps://"):
     broker_use_ssl = {"cert_reqs": _ssl.CERT_REQUIRED, "server_hostname": _hostnames.OF_EACH_NODE}
 
 # delay() returns when RabbitMQ has taken the message. Without it, a message lost on the way is lost in silence.
-# Price, tasks a second: redis 16 %, rabbitmq 22 %. Calls in a block of hardening.publishing.together() pay it once.
+# Price, tasks a second: redis none, rabbitmq 18 %. Calls in a block of hardening.publishing.together() pay it once.
 # Drop it if lost tasks do no harm. on_open gives each wait for RabbitMQ an end; the rest is for a fresh process.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-transport-options
 broker_transport_options = {
@@ -55,7 +55,7 @@ broker_transport_options = {
 # is declared for it that an older version had declared otherwise. Queues of your own must say that they are quorum:
 #   task_queues = [Queue("tasks", queue_arguments={"x-queue-type": "quorum"}), Queue("mail", queue_arguments=...)]
 # apply_async(priority=0 to 31) works by itself: a quorum queue refuses task_queue_max_priority.
-# Price, tasks a second: redis 25 %, rabbitmq 7 %. Classic queues do if you have one RabbitMQ, and no retries.
+# Price, tasks a second: redis 12 %, rabbitmq none. Classic queues do if you have one RabbitMQ, and no retries.
 # both - https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html#using-quorum-queues
 task_default_queue = "tasks"
 task_default_queue_type = "quorum"

@@ -17,15 +17,15 @@ import witness
 from hardening.sentinel import NO_MASTER, WRITES, Client
 from lab.cluster_faults import FAULTS
 from lab.faults import table
-from lab.servers import ROOT, Worker, run, wait_until
+from lab.servers import ROOT, Worker, as_admin, run, wait_until
 from tests.conftest import Stack
 from tests.proxy import Proxy
 
 
 @pytest.fixture
 def client(redis_stack: Stack) -> Client:
-    """redis-py's client as the backend makes it, for a Redis without replicas."""
-    made: Any = Client.from_url(redis_stack.redis_url, socket_timeout=10)
+    """redis-py's client as the backend makes it, for a Redis without replicas; these keys have no prefix."""
+    made: Any = Client.from_url(as_admin(redis_stack.redis_url), socket_timeout=10)
     return cast(Client, made)
 
 

@@ -1,12 +1,14 @@
 """python -m hardening.check: what would clash with a broker in another state, and what waits there."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from celery import Celery
 from kombu import Exchange, Queue
 
-from lab.servers import RabbitMQ, run
+from lab.servers import RabbitMQ, as_admin, run
 from tests.conftest import Stack, copy_settings
 from tests.pages import UPGRADE
 
@@ -22,6 +24,12 @@ app.conf.task_routes = {"jobs.mail": {"queue": "mail"}, "reports.*": "reports"}
 def double(x):
     return 2 * x
 """
+
+
+@pytest.fixture
+def redis_stack(redis_stack: Stack) -> Stack:
+    """What is moved has other keys than the demo's user may touch."""
+    return replace(redis_stack, redis_url=as_admin(redis_stack.redis_url))
 
 
 def _check(stack: Stack, folder: Path, *options: str, **env: str) -> tuple[int, list[str]]:

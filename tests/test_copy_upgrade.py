@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lab.servers import Worker, run, wait_until
+from lab.servers import Worker, as_admin, run, wait_until
 from tests.conftest import Stack, copy_settings
 from tests.pages import UPGRADE, write
 
@@ -49,6 +50,12 @@ app.conf.update(
     result_backend_transport_options={"global_keyprefix": "older:"},
 )
 """
+
+
+@pytest.fixture
+def redis_stack(redis_stack: Stack) -> Stack:
+    """What is moved has other keys than the demo's user may touch."""
+    return replace(redis_stack, redis_url=as_admin(redis_stack.redis_url))
 
 
 class Side:
