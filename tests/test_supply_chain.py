@@ -49,16 +49,3 @@ def test_the_version_of_the_copied_files_is_that_of_the_changelog_and_of_the_ima
     files = [ROOT / "docker-compose.yml", *(ROOT / "lab").glob("*.yml")]
     tags = {tag for file in files for tag in re.findall(r"celery-result-backends:(\S+)", file.read_text())}
     assert tags == {newest[1]}
-
-
-def test_the_tables_were_made_with_the_servers_of_docker_compose() -> None:
-    """Each names its versions, as in "Celery 5.7.0, RabbitMQ 4.3.6, Redis 8.6.3"."""
-    compose = (ROOT / "docker-compose.yml").read_text()
-    celery = re.search(r"^celery==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-    wanted = [re.search(rf"image: {server}:(\d+\.\d+)", compose) for server in ("rabbitmq", "redis")]
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    form = r"Celery\s(\d+\.\d+\.\d+),\sRabbitMQ\s(\d+\.\d+)\.\d+(?:,|\sand)\sRedis\s(\d+\.\d+)\.\d+"
-    made_with = [(page.name, versions) for page in pages for versions in re.findall(form, page.read_text())]
-    assert len(made_with) >= 3, "the comparison, the faults, the benchmark"
-    assert celery
-    assert {versions for _, versions in made_with} == {(celery[1], *(found[1] for found in wanted if found))}, made_with
