@@ -51,11 +51,12 @@ broker_transport_options = {
 
 # A quorum queue has a message on disk before it confirms it, in a cluster on two of three nodes. The name is YOURS, and
 # not Celery's default "celery": a queue of that name may exist already with another type, and RabbitMQ refuses to
-# change it (PRECONDITION_FAILED). Queues named with -Q are of the same kind. The exchange has no name, so that nothing
+# change it (PRECONDITION_FAILED). Queues named with -Q are of the same kind. Its exchange has no name, so that nothing
 # is declared for it that an older version had declared otherwise. Queues of your own must say that they are quorum:
 #   task_queues = [Queue("tasks", queue_arguments={"x-queue-type": "quorum"}), Queue("mail", queue_arguments=...)]
 # apply_async(priority=0 to 31) works by itself: a quorum queue refuses task_queue_max_priority.
-# Price, tasks a second: redis 12 %, rabbitmq none. Classic queues do if you have one RabbitMQ, and no retries.
+# Price, tasks a second: redis 12 %, rabbitmq none. With confirm_publish it is more than the sum: 36 % and 43 %.
+# Classic queues do if you have one RabbitMQ.
 # both - https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html#using-quorum-queues
 task_default_queue = "tasks"
 task_default_queue_type = "quorum"

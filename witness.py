@@ -1,6 +1,6 @@
 """The independent witnesses: pika and redis-py look into RabbitMQ and Redis behind Celery's back.
 
-The producer shows with them where a result really is, the worker checks its passwords, the tests compare.
+The producer shows with them where a result really is, and checks the servers; the tests compare.
 """
 
 import json

@@ -182,7 +182,7 @@ def megabyte() -> str:
 NO_CHORDS = (
     "Somebody has to count the finished parts, and a queue of messages cannot. "
     "Take Redis, or fetch the group's results in the client and queue the last task there: "
-    "total.delay(group(...)().join(timeout=30))."
+    "total.delay(group(...)().get(timeout=30))."
 )
 
 

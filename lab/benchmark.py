@@ -366,7 +366,7 @@ def conditions(own: OwnServers) -> dict[str, Any]:
             "processors": os.cpu_count(),
             "model": models[0] if models else platform.machine(),
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
-            "system": f"{platform.system()} {platform.release()}",
+            "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         },
         "versions": {
             **own.versions(),
