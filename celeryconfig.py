@@ -49,6 +49,11 @@ broker_transport_options = {
     **_attempts,
 }
 
+# As many threads or greenlets of a process can queue at once; the next one waits. A connection is opened when it is
+# needed. Celery's default of 10 would make the 20 seconds above 40 for the eleventh while RabbitMQ is away.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-pool-limit
+broker_pool_limit = 200
+
 # A quorum queue has a message on disk before it confirms it, in a cluster on two of three nodes. The name is YOURS, and
 # not Celery's default "celery": a queue of that name may exist already with another type, and RabbitMQ refuses to
 # change it (PRECONDITION_FAILED). Queues named with -Q are of the same kind. Its exchange has no name, so that nothing

@@ -15,9 +15,13 @@ from inspect import isgenerator
 from typing import Any, ClassVar
 from uuid import uuid4
 
+from billiard.einfo import ExceptionInfo
 from celery import Celery, bootsteps
 from celery.app.task import Context
-from celery.exceptions import InvalidTaskError, NotRegistered, WorkerLostError
+from celery.app.trace import TraceInfo, trace_ok_t
+from celery.concurrency import prefork
+from celery.exceptions import InvalidTaskError, NotRegistered, Reject, WorkerLostError
+from celery.states import REJECTED
 from celery.utils.log import get_logger
 from celery.worker import consumer
 from celery.worker.state import revoked
@@ -29,7 +33,7 @@ from .delays import delay_queue, seconds_left
 from .events import EventsTogether
 from .moves import Moves, queue_of
 from .readiness import Readiness, refuse_wrong_passwords
-from .request import Request, storing
+from .request import Request, store_errors, storing
 
 logger = get_logger(__name__)
 
@@ -121,6 +125,18 @@ def check(message: Any) -> None:
                 raise InvalidTaskError(f"the option {name} is {signatures!r:.50}")
 
 
+def _handing_over(trace: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a tracer that hands a Reject of the result backend to the request: other pools than prefork lose it."""
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return trace(*args, **kwargs)
+        except Reject as exc:
+            return trace_ok_t(ExceptionInfo(), TraceInfo(REJECTED, exc), 0.0, None)
+
+    return traced
+
+
 class LastMoves(bootsteps.StartStopStep):
     """Waits at the worker's end for outcomes and moves: a message that is not acknowledged comes again."""
 
@@ -185,6 +201,8 @@ class Consumer(consumer.Consumer):
         queue_of = type(mailbox).get_queue
         mailbox.get_queue = lambda name: queue_of(mailbox, name + next(end_of_name, f".{uuid4().hex[:8]}"))
         super().__init__(*args, app=app, **kwargs)
+        if type(self.pool).__module__.endswith(".solo"):  # its loop stands still while a task runs
+            self.amqheartbeat = 0
 
     def connection_for_write(self, *args: Any, **kwargs: Any) -> Any:
         """Connect for the worker's events, which are not confirmed.
@@ -229,6 +247,9 @@ class Consumer(consumer.Consumer):
             if task.Request == "celery.worker.request:Request":
                 task.Request = Request
         super().update_strategies()
+        if not isinstance(self.pool, prefork.TaskPool):
+            for task in self.app.tasks.values():
+                task.__trace__ = _handing_over(task.__trace__)
 
     def park(self, message: Any) -> bool:
         """Put a task that is not due into a delay queue of its queue, and tell whether that was so.
@@ -269,10 +290,13 @@ class Consumer(consumer.Consumer):
     def fail(self, message: Any, exc: Exception) -> None:
         """Tell the client, which waits for the result, once the store is there."""
         headers, properties = message.headers, message.properties
-        request = Context(headers, reply_to=properties.get("reply_to"), correlation_id=properties.get("correlation_id"))
+        options = {name: message.payload[2].get(name) for name in ("chord", "chain", "errbacks")}
+        address = {name: properties.get(name) for name in ("reply_to", "correlation_id")}
+        request = Context({**headers, **options}, **address)
         store = not headers.get("ignore_result")
         storing.do_until_done(
-            partial(self.app.backend.mark_as_failure, headers["id"], exc, request=request, store_result=store)
+            partial(self.app.backend.mark_as_failure, headers["id"], exc, request=request, store_result=store),
+            store_errors(self),
         )
 
     def refuse(self, message: Any, reason: object) -> None:

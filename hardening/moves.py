@@ -45,13 +45,13 @@ class Beside:
         if self._started.acquire(blocking=False):
             threading.Thread(target=self._run, name=self.name, daemon=True).start()
 
-    def do_until_done(self, job: Callable[[], object]) -> None:
-        """Do it later, and again after what else there is when it fails."""
+    def do_until_done(self, job: Callable[[], object], away: tuple[type[Exception], ...]) -> None:
+        """Do it later, and again after what else there is when it raises one of these. Another exception is logged."""
 
         def attempt() -> None:
             try:
                 job()
-            except Exception as exc:
+            except away as exc:
                 logger.warning("%s: %s; trying again.", self.name, exc)
                 time.sleep(PAUSE)
                 self.do(attempt)
@@ -114,9 +114,11 @@ class Moves:
         self.beside.do(partial(self._move, message, channel, to, copy(message, headers or {}), after))
 
     def _move(self, message: Any, channel: Any, to: Queue, content: amqp.Message, after: Any) -> None:
-        while not self._publish(to, content):
+        while True:
             if channel.connection is None and not message.acknowledged:
-                return
+                return  # RabbitMQ gives it out again
+            if self._publish(to, content):
+                break
             time.sleep(PAUSE)
         if not message.acknowledged:
             self.consumer.call_soon_ack(message.ack_log_error, logger, self.consumer.connection_errors)

@@ -55,6 +55,7 @@ def within_limit(exc: Exception, interval: float) -> None:
     The connections of a pool share it, and keep it: so it belongs to no call, and looks up its own call's limit.
     """
     if 0 < _until.get() <= time.monotonic():
+        _until.set(0.0)
         raise OperationalError(f"RabbitMQ has not taken the task within {LIMIT:.0f} s: {exc or repr(exc)}") from exc
     if isinstance(exc, MessageNacked):
         time.sleep(REFUSED_PAUSE)
@@ -199,6 +200,10 @@ class Channel(pyamqp.Channel):
         if not exchange and (delay := self._delay_queue(msg, routing_key)):
             self._declared.declare(delay, self)
             routing_key = delay.name
+        if "ticket" in (msg.properties.get("application_headers") or {}):
+            # A worker's answer to a command, sent from its loop: nobody has to wait until it is confirmed.
+            self.publish(msg, exchange, routing_key, lambda taken: None, mandatory)
+            return
         block = _block.get()
         if block and block.mine() and not mandatory and (task_id := _task_id(msg)):
             block.send(self.connection.client, _Task(task_id, (msg, exchange, routing_key)))

@@ -65,7 +65,7 @@ class KeyConsumer(OneReader, redis.ResultConsumer):
         try:
             if not wait.on_message:
                 keys = [self._get_key_for_task(task_id) for task_id in wait.missing]
-                for key, payload in zip(keys, self.backend.client.mget(keys) if keys else (), strict=True):
+                for key, payload in zip(keys, self.backend.listener.mget(keys) if keys else (), strict=True):
                     self._hand_out(key, payload, final=True)
             with self._turn:
                 keys = [] if wait.ready() else [self._get_key_for_task(task_id) for task_id in wait.missing]
@@ -95,7 +95,7 @@ class KeyConsumer(OneReader, redis.ResultConsumer):
             if noted:
                 self._pubsub.subscribe(*noted)
                 self._hear(announced, lambda message: message["type"] == "subscribe", len(noted))
-            stored = self.backend.client.mget(looked_at)
+            stored = self.backend.listener.mget(looked_at)
             told = any(wait.on_message for wait in self._waits)
             if told:
                 self._pubsub.ping("until here")

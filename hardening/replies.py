@@ -19,7 +19,7 @@ from celery.exceptions import BackendGetMetaError
 from celery.result import result_from_tuple
 from celery.states import PENDING, READY_STATES, SUCCESS
 from kombu.common import maybe_declare
-from kombu.exceptions import OperationalError
+from kombu.exceptions import LimitExceeded, OperationalError
 from kombu.serialization import loads
 
 from .publishing import answers_within, bounded_policy
@@ -337,7 +337,11 @@ class ReplyQueueBackend(OneBackend, rpc.RPCBackend):
 
     def _send(self, body: Any, reply_to: str, correlation_id: str, timeout: float) -> None:
         """Send a reply, with one attempt. Raises OperationalError when RabbitMQ is away."""
-        with self.app.amqp.producer_pool.acquire(block=True) as producer:
+        try:
+            acquired = self.app.amqp.producer_pool.acquire(block=True, timeout=timeout)
+        except LimitExceeded as exc:
+            raise OperationalError("every connection to RabbitMQ is in use") from exc
+        with acquired as producer:
             connection = producer.connection
             try:
                 connection.ensure_connection(max_retries=max(len(connection.alt) - 1, 0), timeout=timeout)

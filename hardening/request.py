@@ -22,7 +22,7 @@ from celery.worker import control, request, state
 from kombu.exceptions import OperationalError
 
 from .delays import delay_queue
-from .moves import PAUSE, Beside
+from .moves import PAUSE, Beside, queue_of
 from .results import OUTCOMES, NotStored
 
 logger = get_logger(__name__)
@@ -44,6 +44,12 @@ def unwrapped(exc_info: Any) -> BaseException:
     """Return the exception that a pool process has sent."""
     exc: BaseException = exc_info.exception
     return exc.exc if isinstance(exc, ExceptionWithTraceback) else exc
+
+
+def store_errors(consumer: Any) -> tuple[type[Exception], ...]:
+    """Return what is raised when the result store of a worker's consumer is away."""
+    own = getattr(consumer.app.backend, "connection_errors", ())
+    return (BackendStoreError, OperationalError, OSError, *consumer.connection_errors, *own)
 
 
 class Request(request.Request):
@@ -72,13 +78,19 @@ class Request(request.Request):
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Store what the pool process could not. return_ok says that it has stored the failure itself."""
         exc = unwrapped(exc_info)
-        if isinstance(exc, NotStored):  # a pool process could not store its result in time
+        if isinstance(exc, NotStored) and self.acknowledged:  # acks_late=False: it must not run again
+            self._beside(self._result_lost, exc)
+        elif isinstance(exc, NotStored):  # a pool process could not store its result in time
             request.task_ready(self)
             self._give_back(STORE_AWAY_DELAY)
         elif self._stores(exc, return_ok):
             self._beside(super().on_failure, exc_info, send_failed_event, return_ok)
         else:
             super().on_failure(exc_info, send_failed_event, return_ok)
+
+    def _result_lost(self, exc: Exception) -> None:
+        lost = BackendStoreError(f"its result could not be stored within its time limit: {exc}")
+        self.task.backend.mark_as_failure(self.id, lost, request=self._context, store_result=self.store_errors)
 
     @staticmethod
     def _stores(exc: BaseException, return_ok: bool) -> bool:
@@ -112,7 +124,7 @@ class Request(request.Request):
         self._settle = settle
         try:
             handler()
-        except self._store_errors() as exc:
+        except store_errors(self.consumer) as exc:
             logger.warning("Task %s: its outcome is not stored, the store is away (%s).", self.id, exc)
             if self.acknowledged:  # nothing brings it back: it waits here
                 time.sleep(PAUSE)
@@ -126,10 +138,6 @@ class Request(request.Request):
             self._settle = None
         for tell in settle or [self.acknowledge]:
             tell()
-
-    def _store_errors(self) -> tuple[type[Exception], ...]:
-        own = getattr(self.task.backend, "connection_errors", ())
-        return (BackendStoreError, OperationalError, OSError, *self.consumer.connection_errors, *own)
 
     def acknowledge(self) -> None:
         """Acknowledge the message, in the thread in the end."""
@@ -150,17 +158,20 @@ class Request(request.Request):
     def _give_back(self, seconds: float, retries: int | None = None) -> None:
         """Park the message for at least that long: it comes back to its queue as a new one."""
         self._given_back, due = True, datetime.now(UTC) + timedelta(seconds=seconds)
-        if self.delivery_info["exchange"]:  # a queue that does not outlive this worker: see Consumer.park
+        source = queue_of(self.consumer, self.message)
+        if source is None or source.auto_delete or source.exclusive:  # it does not outlive this worker
             super().reject(requeue=True)
             return
         headers = {"eta": due.isoformat()} | ({} if retries is None else {"retries": retries})
-        queue = delay_queue(self.delivery_info["routing_key"], seconds, self.delivery_info["priority"])
+        queue = delay_queue(source.name, seconds, self.delivery_info["priority"])
         self.consumer.moves.move(self.message, queue, headers)
         self.acknowledged = True
 
     def _retry_worker_lost(self, exc: Exception, exc_info: Any) -> bool:
         """Retry a task whose process is gone, as Celery does, and by its own message: it keeps all that it had."""
         task, context, delay = self.task, self._context, retry_delay(self.task)
+        if not task.acks_late:  # it must not run again
+            return False
         if self.store_errors:
             task.backend.mark_as_retry(self.id, exc, exc_info.traceback, request=context)
         self._give_back(delay, context.retries + 1)
