@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import chord
 
 from lab.servers import ROOT, Worker, wait_until
 from tests.conftest import Stack
@@ -25,6 +26,24 @@ def sleeps(seconds):
 
 @app.task(max_retries=0)
 def dies():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def note(path):
+    with open(path, "a") as file:
+        file.write("ran\\n")
+    return "done"
+
+@app.task(time_limit=3)
+def limited(path):
+    return note(path)
+
+@app.task(acks_late=False, time_limit=3)
+def once(path):
+    return note(path)
+
+@app.task(acks_late=False)
+def dies_early_acknowledged(path):
+    note(path)
     os.kill(os.getpid(), signal.SIGKILL)
 
 @app.task(ignore_result=True)
@@ -113,6 +132,52 @@ def test_other_pools_go_on_too(redis_stack: Stack, env: dict[str, str], tmp_path
             wait_until(lambda: len(list(tmp_path.glob("touched*"))) == 6, "the others ran")
             redis.restore()
             wait_until(lambda: [result.state for result in results] == ["REVOKED", "FAILURE"], "stored", timeout=60)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo", "threads", "gevent"])
+def test_a_result_that_is_late_for_its_limit_arrives_and_the_worker_goes_on(
+    redis_stack: Stack, env: dict[str, str], tmp_path: Path, pool: str
+) -> None:
+    """Its message goes back, and the task runs again. Other pools than prefork lose it by themselves."""
+    app: Any = redis_stack.load("tasks").app
+    ran = tmp_path / "ran"
+    with Proxy(redis_stack.redis_url) as redis:
+        away = {**env, "REDIS_URL": redis.url()}
+        with Worker(redis_stack.logs / "w.log", "-P", pool, "--include", "jobs", env=away):
+            redis.cut()
+            results = [app.send_task("jobs.limited", (str(ran),)) for _ in range(3)]
+            wait_until(lambda: ran.exists() and ran.read_text().count("ran") > 3, "one ran again", timeout=90)
+            redis.restore()
+            assert [result.get(timeout=90) for result in results] == ["done"] * 3
+            assert app.send_task("jobs.limited", (str(ran),)).get(timeout=30) == "done"
+
+
+def test_a_task_that_is_acknowledged_early_never_runs_twice(
+    redis_stack: Stack, env: dict[str, str], tmp_path: Path
+) -> None:
+    """Neither when its result cannot be stored within its limit, nor when its process is killed: that is a failure."""
+    app: Any = redis_stack.load("tasks").app
+    with Proxy(redis_stack.redis_url) as redis:
+        away = {**env, "REDIS_URL": redis.url()}
+        with Worker(redis_stack.logs / "w.log", "--include", "jobs", env=away) as worker:
+            redis.cut()
+            once = app.send_task("jobs.once", (str(tmp_path / "once"),))
+            wait_until(lambda: worker.says("its outcome is not stored"), "given up", timeout=60)
+            redis.restore()
+            killed = app.send_task("jobs.dies_early_acknowledged", (str(tmp_path / "killed"),))
+            with pytest.raises(Exception, match="could not be stored within its time limit"):
+                once.get(timeout=60)
+            with pytest.raises(Exception, match="signal 9"):
+                killed.get(timeout=60)
+    assert (tmp_path / "once").read_text() == (tmp_path / "killed").read_text() == "ran\n"
+
+
+def test_a_chord_whose_part_no_worker_knows_fails(redis_stack: Stack, env: dict[str, str]) -> None:
+    app: Any = redis_stack.load("tasks").app
+    with Worker(redis_stack.logs / "w.log", "--include", "jobs", env=env):
+        header = [app.signature("jobs.nosuch"), app.signature("tasks.add", (1, 1))]
+        with pytest.raises(Exception, match="nosuch"):
+            chord(header, app=app)(app.signature("tasks.total")).get(timeout=60)
 
 
 def test_a_soft_limit_above_any_hard_one(redis_stack: Stack, env: dict[str, str]) -> None:
