@@ -7,8 +7,10 @@ its memory is short, and the worker could acknowledge nothing more.
 To go back: leave out worker_consumer. For Celery 5.7.
 """
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
@@ -25,6 +27,7 @@ from .delays import Declared
 logger = get_logger(__name__)
 
 ANSWER_TIMEOUT = 60.0  # seconds; then the connection is made anew
+FORK_PATIENCE = 1.0  # seconds that a fork waits for a job
 PAUSE = 1.0  # seconds between attempts
 
 # What RabbitMQ writes into a message that it delivered again or dead-lettered: a copy starts afresh.
@@ -36,8 +39,11 @@ class Beside:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.at_work = threading.RLock()
         self._jobs: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._started = threading.Lock()
+        self.waited = False
+        _all.add(self)
 
     def do(self, job: Callable[[], object]) -> None:
         """Do it later. An exception is logged."""
@@ -69,10 +75,33 @@ class Beside:
     def _run(self) -> None:
         while True:
             job = self._jobs.get()
-            try:
-                job()
-            except Exception:
-                logger.exception("%s: a job failed", self.name)
+            with self.at_work:
+                try:
+                    job()
+                except Exception:
+                    logger.exception("%s: a job failed", self.name)
+
+
+def _before_fork() -> None:
+    for each in _all:
+        each.waited = each.at_work.acquire(timeout=FORK_PATIENCE)
+
+
+def _after_fork() -> None:
+    for each in _all:
+        if each.waited:
+            each.at_work.release()
+
+
+def _after_fork_in_child() -> None:
+    for each in _all:
+        each.at_work = threading.RLock()
+
+
+# A pool process that is forked while a thread holds a lock, of an import for one, would wait for it for ever. So the
+# fork waits for the end of the job, but not long: one that takes longer waits for a server, and holds no such lock.
+_all: "weakref.WeakSet[Beside]" = weakref.WeakSet()
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def queue_of(consumer: Any, message: Any) -> Queue | None:

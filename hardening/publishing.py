@@ -8,12 +8,14 @@ To go back: leave out on_open in broker_transport_options and errback in task_pu
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from itertools import takewhile
 from threading import get_ident
 from types import MethodType
@@ -30,6 +32,13 @@ from kombu.transport import pyamqp
 from vine import ensure_promise
 
 from .delays import Declared, delay_queue, seconds_left
+
+# kombu looks for this package whenever it makes a connection, under a lock of the import: a process that is forked
+# meanwhile by another thread would wait for it for ever. So look once.
+try:
+    import_module("librabbitmq")
+except ImportError:
+    sys.modules["librabbitmq"] = None  # type: ignore[assignment]
 
 LIMIT = 20.0  # seconds that a call may take while RabbitMQ does not do its part
 CLOSE_LIMIT = 2.0  # seconds; nobody needs this answer
