@@ -171,6 +171,7 @@ class Fault:
     what: tuple[str, ...] = ()  # services or networks
     workers: int = 1
     client: tuple[str, ...] = ("stream", str(TASKS))
+    cold: bool = False  # each pool process runs one task: none has sent a result before
 
 
 def nothing(stack: Stack) -> None:
@@ -253,6 +254,13 @@ FAULTS = [
     Fault("worker-cut-off-redis", f"worker cut off from Redis for {AWAY} s", cut_off, ("results",)),
     Fault("rabbitmq-restarted", "RabbitMQ stopped and started", restarted, ("rabbitmq",)),
     Fault(
+        "rabbitmq-restarted-cold",
+        "RabbitMQ stopped and started, with a new pool process for each task",
+        restarted,
+        ("rabbitmq",),
+        cold=True,
+    ),
+    Fault(
         "rabbitmq-together",
         "RabbitMQ stopped and started inside a block of `together()`",
         restarted,
@@ -303,6 +311,7 @@ def executions(stack: Stack, since: float) -> Counter[str]:
 
 def try_fault(stack: Stack, fault: Fault) -> Row:
     """Break one thing while tasks run, and count. Raises Failed."""
+    stack.env["MAX_TASKS_PER_CHILD"] = "1" if fault.cold else ""
     stack.up(fault.workers)
     since = time.time()
     client = Client(stack, *fault.client)
