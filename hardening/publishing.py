@@ -91,9 +91,13 @@ def answers_within(seconds: float) -> Iterator[None]:
         _until.reset(token)
 
 
+def _headers(message: Any) -> dict[str, Any]:
+    return message.properties.get("application_headers") or {}
+
+
 def _task_id(message: Any) -> str | None:
     """Return the id of the task in a message, or nothing if it holds none."""
-    headers = message.properties.get("application_headers") or {}
+    headers = _headers(message)
     return headers.get("id") if "task" in headers else None
 
 
@@ -209,7 +213,7 @@ class Channel(pyamqp.Channel):
         if not exchange and (delay := self._delay_queue(msg, routing_key)):
             self._declared.declare(delay, self)
             routing_key = delay.name
-        if "ticket" in (msg.properties.get("application_headers") or {}):
+        if "ticket" in _headers(msg):
             # A worker's answer to a command, sent from its loop: nobody has to wait until it is confirmed.
             self.publish(msg, exchange, routing_key, lambda taken: None, mandatory)
             return
@@ -222,7 +226,7 @@ class Channel(pyamqp.Channel):
     @staticmethod
     def _delay_queue(message: Any, queue: str) -> Queue | None:
         """Return where a task waits until it is due; nothing if it is, or if that is left to the worker."""
-        headers = message.properties.get("application_headers") or {}
+        headers = _headers(message)
         if "task" in headers and headers.get("eta") and ".delay." not in queue:
             with suppress(ValueError, TypeError, OverflowError):  # no date: the worker refuses it
                 if (left := seconds_left(headers["eta"])) > 0:

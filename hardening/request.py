@@ -62,9 +62,8 @@ class Request(request.Request):
         self._settle: list[Callable[[], object]] | None = None  # in the thread: what to tell RabbitMQ in the end
         self._given_back = False
         if self.eta and self.eta <= datetime.now(UTC):
-            self._eta: datetime | None = (
-                None  # it is due: Celery need not hold it, which raises the prefetch for a moment
-            )
+            # It is due: Celery need not hold it, which raises the prefetch for a moment.
+            self._eta: datetime | None = None
 
     # --- What stores, and therefore goes beside the loop ---
 

@@ -77,6 +77,13 @@ def send(app: Any, kind: str) -> Any:
     return result
 
 
+def others_run(app: Any, folder: Path) -> None:
+    """Wait until six tasks whose results nobody wants have run."""
+    for number in range(6):
+        app.send_task("jobs.touch", (str(folder / f"touched{number}"),), ignore_result=True)
+    wait_until(lambda: len(list(folder.glob("touched*"))) == 6, "the others ran")
+
+
 OUTCOMES = {"revoked": "REVOKED", "expired": "REVOKED", "timed out": "FAILURE", "unknown": "FAILURE", "lost": "FAILURE"}
 
 
@@ -91,9 +98,7 @@ def test_other_tasks_go_on_and_the_outcome_is_stored_later(
             redis.cut()
             results = {kind: send(app, kind) for kind in kinds}
             time.sleep(3)  # the limit is exceeded, the countdown is over
-            for number in range(6):
-                app.send_task("jobs.touch", (str(tmp_path / f"touched{number}"),), ignore_result=True)
-            wait_until(lambda: len(list(tmp_path.glob("touched*"))) == 6, "the others ran")
+            others_run(app, tmp_path)
             assert app.control.ping(timeout=10)
             redis.restore()
             expected = {kind: OUTCOMES[kind] for kind in kinds}
@@ -127,9 +132,7 @@ def test_other_pools_go_on_too(redis_stack: Stack, env: dict[str, str], tmp_path
             redis.cut()
             results = [send(app, kind) for kind in ("expired", "unknown")]
             time.sleep(2)  # the countdown is over
-            for number in range(6):
-                app.send_task("jobs.touch", (str(tmp_path / f"touched{number}"),), ignore_result=True)
-            wait_until(lambda: len(list(tmp_path.glob("touched*"))) == 6, "the others ran")
+            others_run(app, tmp_path)
             redis.restore()
             wait_until(lambda: [result.state for result in results] == ["REVOKED", "FAILURE"], "stored", timeout=60)
 
