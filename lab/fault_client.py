@@ -1,18 +1,17 @@
 """The client of the fault run: it queues, fetches, and carries on whatever happens.
 
-python -m lab.fault_client stream 1000     queue that many tasks, and fetch their results meanwhile
-python -m lab.fault_client queue 1000      queue them, print their ids, and wait to be killed
-python -m lab.fault_client fetch           fetch the results of the ids that it reads
-python -m lab.fault_client together 1000   queue them in one block of together(), then fetch their results
-python -m lab.fault_client burst 20000     queue them all, then fetch them all
-python -m lab.fault_client steady 12000    queue --rate of them a second, and never read each tenth result
+python -m lab.fault_client stream 1000      queue that many tasks, and fetch their results meanwhile
+python -m lab.fault_client poison 1000      the same, and among them one that kills its process
+python -m lab.fault_client together 1000    queue them in one block of together(), then fetch their results
+python -m lab.fault_client queue 1000 NAME  queue them, and wait to be killed
+python -m lab.fault_client fetch 1000 NAME  fetch the results of those
+python -m lab.fault_client steady 12000     queue 20 a second, and never read each tenth result
 
 Each line of its output is a JSON object for lab/faults.py; the last one is the report.
 """
 
 import argparse
 import json
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -33,6 +32,8 @@ GET_TIMEOUT = 5.0  # seconds that one get() may take
 PATIENCE = 60.0  # seconds without any result after which the rest counts as lost
 WINDOW = 100  # results that are waited for at the same time
 AWAY = (OperationalError, RedisError)  # RabbitMQ or Redis cannot be reached
+
+RATE = 20  # tasks a second, when they are queued steadily
 
 noticed: Counter[str] = Counter()  # for the report
 
@@ -176,50 +177,57 @@ def say(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
+def stream(fetcher: Fetcher, tasks: int) -> None:
+    """Queue tasks of every kind, and fetch their results meanwhile."""
+    for signature, values in jobs(tasks // 50):
+        fetcher.add(single_results(queue(Timed(signature))), values)
+        fetcher.fetch_until(remaining=WINDOW)
+
+
+def steady(fetcher: Fetcher, tasks: int) -> None:
+    """Queue so many a second, and never read each tenth result."""
+    started = time.monotonic()
+    for number in range(tasks):
+        time.sleep(max(0.0, started + number / RATE - time.monotonic()))
+        result = queue(task(number))
+        if number % 10:
+            fetcher.add([result], [number])
+        fetcher.fetch_until(remaining=RATE)
+
+
 def main() -> None:
     """Do one of the six things."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["stream", "queue", "fetch", "together", "burst", "steady"])
-    parser.add_argument("tasks", type=int, nargs="?", default=0)
-    parser.add_argument("--rate", type=int, default=20, help="tasks a second, for steady")
-    parser.add_argument("--poison", action="store_true", help="put a task among them that kills its process")
+    parser.add_argument("part", choices=["stream", "poison", "together", "queue", "fetch", "steady"])
+    parser.add_argument("tasks", type=int)
+    parser.add_argument("name", nargs="?", default=uuid(), help="with which the ids of the tasks begin")
     arguments = parser.parse_args()
+    part, numbers = arguments.part, range(arguments.tasks)
+    signatures = {f"{arguments.name}-{number}": task(number) for number in numbers}
+    for task_id, signature in signatures.items():
+        signature.set(task_id=task_id)
     fetcher = Fetcher()
-    if arguments.part == "stream":
-        poisoned = queue(poison.s().set(task_id=uuid())) if arguments.poison else None
-        for signature, values in jobs(arguments.tasks // 50):
-            fetcher.add(single_results(queue(Timed(signature))), values)
-            fetcher.fetch_until(remaining=WINDOW)
-        if poisoned:
-            say(poison=str(poisoned.get(timeout=60, propagate=False)))
-    elif arguments.part == "queue":
-        for number in range(arguments.tasks):
-            say(id=queue(task(number)).id, number=number)
+    if part == "stream":
+        stream(fetcher, arguments.tasks)
+    elif part == "poison":
+        poisoned = queue(poison.s().set(task_id=uuid()))
+        stream(fetcher, arguments.tasks)
+        say(poison=str(poisoned.get(timeout=60, propagate=False)))
+    elif part == "steady":
+        steady(fetcher, arguments.tasks)
+    elif part == "queue":
+        for signature in signatures.values():
+            queue(signature)
         say(queued=arguments.tasks)
         time.sleep(600)
-    elif arguments.part == "together":
-        signatures = [task(number) for number in range(arguments.tasks)]
-        queue_together({signature.id: signature for signature in signatures})
-        fetcher.add([app.AsyncResult(signature.id) for signature in signatures], list(range(arguments.tasks)))
-    elif arguments.part == "fetch":
-        queued = [json.loads(line) for line in sys.stdin]
-        fetcher.add([app.AsyncResult(one["id"]) for one in queued], [one["number"] for one in queued])
-    elif arguments.part == "burst":
-        for number in range(arguments.tasks):
-            fetcher.add([queue(task(number))], [number])
-        say(queued=arguments.tasks)
     else:
-        started = time.monotonic()
-        for number in range(arguments.tasks):
-            time.sleep(max(0.0, started + number / arguments.rate - time.monotonic()))
-            result = queue(task(number))
-            if number % 10:
-                fetcher.add([result], [number])
-            fetcher.fetch_until(remaining=arguments.rate)
+        if part == "together":
+            queue_together(dict(signatures))
+        fetcher.add([app.AsyncResult(task_id) for task_id in signatures], list(numbers))
     fetcher.last_news = time.monotonic()  # queueing may have taken long
     fetcher.fetch_until(remaining=0)
     fetcher.report()
-    if arguments.part in ("burst", "steady"):
+    if part == "steady":
         time.sleep(600)  # its memory is looked at
 
 

@@ -1,164 +1,29 @@
 """Break one thing at a time while tasks run, and count what becomes of them.
 
-It runs on the host and needs nothing there but Docker and Python 3.11. It starts the demo's services in a Compose
-project of its own, beside a running demo, and removes it in the end.
+It runs on the host, in a Compose project of its own, beside a running demo, and removes it in the end.
 
 python3 -m lab.faults                               everything on both stores, then a table: half an hour
 python3 -m lab.faults redis-killed worker-killed    these faults only; --help lists them
 python3 -m lab.faults --store rabbitmq              one store only
-python3 -m lab.faults --load                        nothing breaks: does anything grow without end? 40 minutes
-python3 -m lab.faults --load 3                      the same with 3 minutes of steady load in place of 10
+python3 -m lab.faults --cluster                     three RabbitMQ and three Redis, of which it breaks one: 40 minutes
+python3 -m lab.faults --load                        nothing breaks: does anything grow without end? 25 minutes
 
---load queues 2,000 tasks for each minute at once, and fetches them; then, for so many minutes, it queues 20 tasks a
-second and never reads each tenth result. Results expire after 4 minutes.
+--load queues 20 tasks a second for ten minutes, and never reads each tenth result. Results expire after 4 minutes.
 """
 
 import argparse
-import json
-import os
 import re
-import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parent.parent
-STORES = ("redis", "rabbitmq")
+from lab.stack import NODES, SENTINELS, STORES, Client, Failed, Stack
+
 TASKS = 1000
 AWAY = 20  # seconds for which a server is away, or a network cut
-TIMEOUT = 300.0  # seconds that any single thing may take
-BURST, RATE = 2_000, 20  # with --load: tasks at once for each minute, then tasks a second
-EXPIRES = 240  # seconds until a result expires with --load
-
-
-class Failed(Exception):
-    """The run itself has failed; the message says what."""
-
-
-class Stack:
-    """The demo's services in a Compose project of their own."""
-
-    command: tuple[str, ...] = ("docker", "compose", "-f", "docker-compose.yml", "-f", "lab/faults.yml")
-
-    def __init__(self, store: str, purpose: str = "faults", **env: str) -> None:
-        self.store, self.project = store, f"celery-result-backends-{purpose}-{store}"
-        own = {"COMPOSE_PROJECT_NAME": self.project, "RESULT_STORE": store, "FLOWER_PORT": "0", "RABBITMQ_PORT": "0"}
-        self.env = {**os.environ, "COMPOSE_DISABLE_ENV_FILE": "1", **own, **env}
-
-    def run(self, *command: str) -> str:
-        """Run a command and return its output. Raises Failed."""
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=TIMEOUT, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as exc:
-            raise Failed(str(exc)) from None
-        if done.returncode:
-            raise Failed(f"{' '.join(command)}: {done.stderr.strip()[-1000:]}")
-        return done.stdout
-
-    def compose(self, *command: str) -> str:
-        """Run a docker compose command. Raises Failed."""
-        return self.run(*self.command, *command)
-
-    def container(self, service: str) -> str:
-        """Return the id of a service's first container. Raises Failed."""
-        return self.compose("ps", "--all", "--quiet", service).split()[0]
-
-    def redis(self, *command: str) -> str:
-        """Run a command in redis-cli as admin. Raises Failed."""
-        login = 'REDISCLI_AUTH=$(cat /run/admin/password) exec redis-cli --user admin "$@"'
-        return self.compose("exec", "-T", "redis", "sh", "-c", login, "redis-cli", *command)
-
-    def rabbitmqctl(self, *command: str) -> str:
-        """Run a command in rabbitmqctl. Raises Failed."""
-        return self.compose("exec", "-T", "rabbitmq", "rabbitmqctl", "--quiet", *command)
-
-    def up(self, workers: int = 1) -> None:
-        """Bring RabbitMQ, Redis and so many workers into a good state, whatever was broken. Raises Failed."""
-        self.compose("up", "--detach", "--wait", "--no-build", f"--scale=worker={workers}", "worker")
-
-    def down(self) -> None:
-        """Remove containers, networks and volumes. Raises Failed."""
-        self.compose("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "5")
-
-    @contextmanager
-    def cleared_away(self) -> Iterator[None]:
-        """Begin with nothing and leave nothing behind."""
-        self.down()
-        try:
-            self.compose("build", "worker")
-            yield
-        finally:
-            self.down()
-
-
-class Client:
-    """lab/fault_client.py in a container, and what it has said so far."""
-
-    def __init__(self, stack: Stack, *arguments: str, text: str = "") -> None:
-        self.stack, self.name = stack, f"{stack.project}-client-{time.monotonic_ns()}"
-        options = ("--rm", "-T", "--no-deps", "--name", self.name)
-        self.process = subprocess.Popen(
-            [*stack.command, "run", *options, "producer", "python", "-m", "lab.fault_client", *arguments],
-            cwd=ROOT,
-            env=stack.env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdin
-        self.process.stdin.write(text)
-        self.process.stdin.close()
-        self.said: list[dict[str, Any]] = []
-        self.ended = False
-        self.errors: list[str] = []
-        self.changed = threading.Condition()
-        for read in (self._read_output, self._read_errors):
-            threading.Thread(target=read, daemon=True).start()
-
-    def _read_output(self) -> None:
-        for line in self.process.stdout or ():
-            with self.changed:
-                self.said.append(json.loads(line) if line.startswith("{") else {"output": line})
-                self.changed.notify_all()
-        with self.changed:
-            self.ended = True
-            self.changed.notify_all()
-
-    def _read_errors(self) -> None:
-        self.errors.extend(self.process.stderr or ())
-
-    def wait_for(self, key: str, at_least: Any = 0, timeout: float = TIMEOUT) -> dict[str, Any]:
-        """Return the first line with a key whose value is so high. Raises Failed after timeout seconds."""
-        deadline = time.monotonic() + timeout
-        with self.changed:
-            while True:
-                for line in self.said:
-                    if key in line and line[key] >= at_least:
-                        return line
-                if self.ended or time.monotonic() > deadline:
-                    raise Failed(f"the client does not say {key!r}: {''.join(self.errors)[-1000:]}")
-                self.changed.wait(1)
-
-    def kill(self) -> None:
-        """Kill it with SIGKILL. Raises Failed."""
-        self.stack.run("docker", "kill", self.name)
-        self.wait()
-
-    def wait(self) -> None:
-        """Wait until it has ended. Raises Failed."""
-        try:
-            self.process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired as exc:
-            raise Failed(str(exc)) from None
+MINUTES, RATE, EXPIRES = 10, 20, 240  # with --load: so many tasks a second, seconds until a result expires
 
 
 @dataclass(frozen=True)
@@ -170,7 +35,7 @@ class Fault:
     inject: Callable[..., None]
     what: tuple[str, ...] = ()  # services or networks
     workers: int = 1
-    client: tuple[str, ...] = ("stream", str(TASKS))
+    client: str = "stream"
     cold: bool = False  # each pool process runs one task: none has sent a result before
 
 
@@ -178,27 +43,31 @@ def nothing(stack: Stack) -> None:
     """Break nothing."""
 
 
-def killed(stack: Stack, *services: str) -> None:
-    """Kill services with SIGKILL, and start them 2 seconds later."""
+def killed(stack: Stack, *services: str, away: float = 2) -> None:
+    """Kill services with SIGKILL, and start them seconds later."""
     stack.compose("kill", *services)
-    time.sleep(2)
+    time.sleep(away)
     stack.compose("start", *services)
 
 
-def restarted(stack: Stack, *services: str) -> None:
+def killed_long(stack: Stack, *services: str) -> None:
+    """Kill services, and start them after a while."""
+    killed(stack, *services, away=AWAY)
+
+
+def restarted(stack: Stack, *services: str, away: float = 0) -> None:
     """Stop services with SIGTERM, and start them again."""
     stack.compose("stop", *services)
+    time.sleep(away)
     stack.compose("start", *services)
 
 
-def stopped(stack: Stack, service: str) -> None:
-    """Stop a service, and start it after a while."""
-    stack.compose("stop", service)
-    time.sleep(AWAY)
-    stack.compose("start", service)
+def stopped(stack: Stack, *services: str) -> None:
+    """Stop services, and start them after a while."""
+    restarted(stack, *services, away=AWAY)
 
 
-def paused(stack: Stack, service: str) -> None:
+def frozen(stack: Stack, service: str) -> None:
     """Freeze a service for a while; its connections stay open and nobody answers."""
     stack.compose("pause", service)
     time.sleep(AWAY)
@@ -207,7 +76,7 @@ def paused(stack: Stack, service: str) -> None:
 
 def cut_off(stack: Stack, *networks: str) -> None:
     """Take the worker off networks for a while; packets vanish."""
-    worker = stack.container("worker")
+    worker = stack.containers("worker")[0]
     for network in networks:
         stack.run("docker", "network", "disconnect", f"{stack.project}_{network}", worker)
     time.sleep(AWAY)
@@ -225,7 +94,7 @@ def kill_pool_processes(stack: Stack) -> None:
 
 def lose_one_worker(stack: Stack) -> None:
     """Kill a worker; it does not come back."""
-    stack.run("docker", "kill", stack.container("worker"))
+    stack.run("docker", "kill", stack.containers("worker")[0])
 
 
 def fill_redis(stack: Stack) -> None:
@@ -246,7 +115,7 @@ def raise_memory_alarm(stack: Stack) -> None:
 FAULTS = [
     Fault("none", "nothing", nothing),
     Fault("pool-killed", "four processes of the worker's pool killed", kill_pool_processes),
-    Fault("poison", "a task kills its process each time", nothing, client=("stream", str(TASKS), "--poison")),
+    Fault("poison", "a task kills its process each time", nothing, client="poison"),
     Fault("worker-killed", "worker killed", killed, ("worker",)),
     Fault("worker-restarted", "worker stopped and started", restarted, ("worker",)),
     Fault("worker-lost", "one of two workers killed for good", lose_one_worker, workers=2),
@@ -265,21 +134,95 @@ FAULTS = [
         "RabbitMQ stopped and started inside a block of `together()`",
         restarted,
         ("rabbitmq",),
-        client=("together", str(TASKS)),
+        client="together",
     ),
     Fault("rabbitmq-stopped", f"RabbitMQ stopped for {AWAY} s", stopped, ("rabbitmq",)),
     Fault("rabbitmq-killed", "RabbitMQ killed", killed, ("rabbitmq",)),
-    Fault("rabbitmq-paused", f"RabbitMQ frozen for {AWAY} s", paused, ("rabbitmq",)),
+    Fault("rabbitmq-paused", f"RabbitMQ frozen for {AWAY} s", frozen, ("rabbitmq",)),
     Fault("rabbitmq-alarm", f"RabbitMQ blocks publishers for {AWAY} s", raise_memory_alarm),
     Fault("redis-restarted", "Redis stopped and started", restarted, ("redis",)),
     Fault("redis-stopped", f"Redis stopped for {AWAY} s", stopped, ("redis",)),
     Fault("redis-killed", "Redis killed", killed, ("redis",)),
-    Fault("redis-paused", f"Redis frozen for {AWAY} s", paused, ("redis",)),
+    Fault("redis-paused", f"Redis frozen for {AWAY} s", frozen, ("redis",)),
     Fault("redis-full", f"Redis full for {AWAY} s", fill_redis),
     Fault("all-restarted", "all of them stopped and started", restarted, ("worker", "rabbitmq", "redis")),
-    Fault("producer-killed", "producer killed, a new one fetches by id", nothing, client=("queue", str(TASKS))),
+    Fault("producer-killed", "producer killed, a new one fetches by id", nothing, client="queue"),
 ]
 NOT_PROMISED = {("rabbitmq", "producer-killed"): "the reply queue belongs to the process that queued the tasks"}
+
+
+# --- The cluster ------------------------------------------------------------------------------------------
+
+
+def leader_killed(stack: Stack) -> None:
+    """Kill the node that leads the queue tasks."""
+    killed_long(stack, stack.leaders()["tasks"])
+
+
+def rolling(stack: Stack) -> None:
+    """Restart each node, the next when the last has joined, as an upgrade does."""
+    for node in NODES:
+        stack.compose("stop", node)
+        stack.compose("up", "--detach", "--wait", "--no-deps", node)
+
+
+def leader_cut_off(stack: Stack) -> None:
+    """Take the node that leads the queue tasks off the network."""
+    with stack.apart(stack.leaders()["tasks"]):
+        time.sleep(AWAY)
+
+
+def node_cut_off(stack: Stack) -> None:
+    """Take the node that client and worker are connected to off the network, longer than anybody should wait for it."""
+    with stack.apart(NODES[0]):
+        time.sleep(3 * AWAY)
+
+
+def master_killed(stack: Stack) -> None:
+    """Kill the Redis master; it comes back when another one is the master."""
+    killed_long(stack, stack.master())
+
+
+def master_frozen(stack: Stack) -> None:
+    """Freeze the Redis master; it wakes up when another one is the master, and does not know it."""
+    frozen(stack, stack.master())
+
+
+def master_stopped(stack: Stack) -> None:
+    """Stop the Redis master in order."""
+    stopped(stack, stack.master())
+
+
+def sentinel_lost(stack: Stack) -> None:
+    """Kill the first Sentinel and the Redis master: two Sentinels must do."""
+    killed_long(stack, SENTINELS[0], stack.master())
+
+
+def two_sides(stack: Stack) -> None:
+    """Cut the network in two: the worker with a node of each server, the client with the others."""
+    replica = next(node for node in ("redis-3", "redis-2") if node != stack.master())
+    with stack.apart("worker", NODES[2], replica, SENTINELS[2]):
+        time.sleep(AWAY)
+
+
+CLUSTER_FAULTS = [
+    Fault("none", "nothing", nothing),
+    Fault("leader-killed", f"the leader of `tasks` killed for {AWAY} s", leader_killed),
+    Fault("node-killed", f"the client's own RabbitMQ node killed for {AWAY} s", killed_long, NODES[:1]),
+    Fault("rolling", "each RabbitMQ node stopped and started in turn", rolling),
+    Fault("leader-cut-off", f"the leader of `tasks` cut off from all others for {AWAY} s", leader_cut_off),
+    Fault("node-cut-off", f"the client's own RabbitMQ node cut off from all others for {3 * AWAY} s", node_cut_off),
+    Fault("two-killed", f"two of three RabbitMQ nodes killed for {AWAY} s", killed_long, NODES[1:]),
+    Fault("master-killed", f"the Redis master killed for {AWAY} s", master_killed),
+    Fault("master-frozen", f"the Redis master frozen for {AWAY} s", master_frozen),
+    Fault("master-stopped", f"the Redis master stopped for {AWAY} s", master_stopped),
+    Fault("master-restarted", "the Redis master killed, and started at once", killed, ("redis",)),
+    Fault("sentinel-lost", f"a Sentinel and the Redis master killed for {AWAY} s", sentinel_lost),
+    Fault("two-sides", f"the worker and a node of each server cut off from the client for {AWAY} s", two_sides),
+]
+
+
+# --- What becomes of the tasks ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -309,36 +252,25 @@ def executions(stack: Stack, since: float) -> Counter[str]:
     return Counter(line.rpartition(" ")[2] for line in log.splitlines() if ": executed " in line)
 
 
-def try_fault(stack: Stack, fault: Fault) -> Row:
+def try_fault(stack: Stack, fault: Fault, tasks: int) -> Row:
     """Break one thing while tasks run, and count. Raises Failed."""
     stack.env["MAX_TASKS_PER_CHILD"] = "1" if fault.cold else ""
     stack.up(fault.workers)
     since = time.time()
-    client = Client(stack, *fault.client)
-    if fault.client[0] == "queue":
+    name = f"{fault.name}-{since}"
+    client = Client(stack, "fault_client", fault.client, str(tasks), name)
+    if fault.client == "queue":
         client.wait_for("queued")
         client.kill()
-        ids = "".join(f"{json.dumps(line)}\n" for line in client.said if "id" in line)
-        client = Client(stack, "fetch", text=ids)
+        client = Client(stack, "fault_client", "fetch", str(tasks), name)
     else:
-        client.wait_for("sent" if fault.client[0] == "together" else "fetched", at_least=100)
+        client.wait_for("sent" if fault.client == "together" else "fetched", at_least=100)
         fault.inject(stack, *fault.what)
     report = client.wait_for("accepted")
     client.wait()
-    if "--poison" in fault.client and "exited prematurely" not in client.wait_for("poison", "")["poison"]:
+    if fault.client == "poison" and "exited prematurely" not in client.wait_for("poison", "")["poison"]:
         raise Failed("the poison task did not end as a WorkerLostError")
-    return Row(
-        stack.store,
-        fault,
-        report["accepted"],
-        report["lost"],
-        report["wrong"],
-        sum(times > 1 for times in executions(stack, since).values()),
-        report["longest_pause"],
-        report["longest_get"],
-        report["longest_delay"],
-        report["noticed"],
-    )
+    return Row(stack.store, fault, twice=sum(times > 1 for times in executions(stack, since).values()), **report)
 
 
 def table(rows: list[Row], faults: Sequence[Fault] = FAULTS) -> str:
@@ -364,15 +296,17 @@ def table(rows: list[Row], faults: Sequence[Fault] = FAULTS) -> str:
     return "\n".join(lines)
 
 
-def try_faults(stack: Stack, chosen: list[Fault], rows: list[Row]) -> int:
+def try_faults(stack: Stack, chosen: list[Fault], tasks: int, rows: list[Row]) -> int:
     """Try faults on one store, and return how many of them went wrong. Raises Failed."""
     failures = 0
     with stack.cleared_away():
+        stack.up()
+        print(stack.conditions(), flush=True)
         for fault in chosen:
             started = time.monotonic()
             print(f"  {fault.text} ...", end=" ", file=sys.stderr, flush=True)
             try:
-                rows.append(row := try_fault(stack, fault))
+                rows.append(row := try_fault(stack, fault, tasks))
                 verdict = f"{row.lost} of {row.accepted:,} lost"
                 if not row.good:
                     verdict += f", NOT GOOD {row.wrong[:3]}"
@@ -390,7 +324,7 @@ def try_faults(stack: Stack, chosen: list[Fault], rows: list[Row]) -> int:
 def memory(stack: Stack, client: Client | None) -> list[float]:
     """Return MB of producer, workers, Redis and RabbitMQ; the servers' own figures, not the containers'."""
     units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "kB": 1e3, "B": 1.0}
-    names = [*([client.name] if client else []), *stack.compose("ps", "--quiet", "worker").split()]
+    names = [*([client.name] if client else []), *stack.containers("worker")]
     used = stack.run("docker", "stats", "--no-stream", "--format", "{{.MemUsage}}", *names)
     megabytes = [
         float(value) * units[unit] / 1e6 for value, unit in re.findall(r"^([\d.]+)(\w+) /", used, re.MULTILINE)
@@ -401,69 +335,57 @@ def memory(stack: Stack, client: Client | None) -> list[float]:
     return [producer, sum(megabytes), int(redis) / 1e6, int(rabbitmq) / 1e6]
 
 
-def try_load(stack: Stack, minutes: int) -> None:
-    """Print a row for each moment of one store. Raises Failed, also when a result is lost."""
+def try_load(stack: Stack) -> None:
+    """Print a row for each minute of one store. Raises Failed, also when a result is lost."""
 
     def row(moment: str, client: Client | None = None) -> None:
         cells = " | ".join(f"{megabytes:.0f}" if megabytes else "-" for megabytes in memory(stack, client))
         print(f"| {stack.store} | {moment} | {cells} |", flush=True)
 
-    def all_there(client: Client) -> None:
-        report = client.wait_for("accepted", timeout=1200)
-        if report["lost"] or report["wrong"]:
-            raise Failed(f"{report['lost']} results are lost, {len(report['wrong'])} are wrong")
-
     with stack.cleared_away():
         stack.up(workers=2)
-        Client(stack, "stream", "100").wait_for("accepted")  # what is allocated once, is
+        print(f"{stack.conditions()}\n", flush=True)
+        print("| store | moment | producer, MB | two workers, MB | Redis, MB | RabbitMQ, MB |")
+        print("| --- | --- | --- | --- | --- | --- |")
         row("before")
-        burst = minutes * BURST
-        client = Client(stack, "burst", str(burst))
-        client.wait_for("queued", timeout=1200)
-        row(f"{burst:,} tasks queued", client)
-        client.wait_for("fetched", at_least=burst // 2, timeout=1200)
-        row("half of the results fetched", client)
-        all_there(client)
-        row("all fetched", client)
-        client.kill()
-        time.sleep(EXPIRES)
-        row(f"{EXPIRES} s later, results have expired")
-        client = Client(stack, "steady", str(minutes * 60 * RATE), "--rate", str(RATE))
-        for minute in range(1, minutes + 1):
+        client = Client(stack, "fault_client", "steady", str(MINUTES * 60 * RATE))
+        for minute in range(1, MINUTES + 1):
             client.wait_for("fetched", at_least=minute * (60 * RATE * 9 // 10) - 150)
-            row(f"{RATE} tasks a second, minute {minute}", client)
-        all_there(client)
+            row(f"minute {minute}", client)
+        report = client.wait_for("accepted")
         client.kill()
+    if report["lost"] or report["wrong"]:
+        raise Failed(f"{report['lost']} results are lost, {len(report['wrong'])} are wrong")
 
 
 def main() -> int:
     """Try the faults or the load, print the table, and return 0 if every promised result was fetched."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [fault.name for fault in FAULTS]
-    parser.add_argument("fault", nargs="*", help=", ".join(names))
+    parser.add_argument("fault", nargs="*", help="; ".join(fault.name for fault in FAULTS))
     parser.add_argument("--store", choices=STORES)
-    parser.add_argument("--load", type=int, nargs="?", const=10, metavar="MINUTES", help="break nothing, and look")
+    parser.add_argument("--cluster", action="store_true", help="; ".join(fault.name for fault in CLUSTER_FAULTS))
+    parser.add_argument("--tasks", type=int, default=TASKS)
+    parser.add_argument("--load", action="store_true", help="break nothing, and look at the memory")
     arguments = parser.parse_args()
-    if unknown := set(arguments.fault) - set(names):
-        parser.error(f"there is no fault {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    chosen = [fault for fault in FAULTS if fault.name in (arguments.fault or names)]
+    faults = CLUSTER_FAULTS if arguments.cluster else FAULTS
+    if unknown := set(arguments.fault) - {fault.name for fault in faults}:
+        parser.error(f"there is no fault {', '.join(sorted(unknown))}; see --help")
+    chosen = [fault for fault in faults if fault.name in arguments.fault or not arguments.fault]
     rows: list[Row] = []
     failures = 0
-    if arguments.load:
-        print("| store | moment | producer, MB | two workers, MB | Redis, MB | RabbitMQ, MB |")
-        print("| --- | --- | --- | --- | --- | --- |", flush=True)
     try:
         for store in [arguments.store] if arguments.store else STORES:
             print(f"Starting the servers, results in {store}.", file=sys.stderr, flush=True)
             if arguments.load:
-                try_load(Stack(store, RESULT_EXPIRES=str(EXPIRES)), arguments.load)
+                try_load(Stack(store, "load", RESULT_EXPIRES=str(EXPIRES)))
             else:
-                failures += try_faults(Stack(store), chosen, rows)
+                stack = Stack(store, *(["cluster", NODES] if arguments.cluster else ["faults"]))
+                failures += try_faults(stack, chosen, arguments.tasks, rows)
     except (Failed, KeyboardInterrupt) as exc:
         failures += 1
         print(f"\nfaults: {str(exc) or 'interrupted'}", file=sys.stderr)
     if rows:
-        print(table(rows))
+        print(table(rows, faults))
     return 1 if failures else 0
 
 

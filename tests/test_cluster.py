@@ -1,4 +1,4 @@
-"""What a cluster needs of a client and a worker; the cluster itself is run by lab/cluster_faults.py."""
+"""What a cluster needs of a client and a worker; the cluster itself is run by lab/faults.py."""
 
 import socket
 import sys
@@ -15,8 +15,7 @@ from pika.exceptions import ChannelClosedByBroker
 
 import witness
 from hardening.sentinel import NO_MASTER, WRITES, Client
-from lab.cluster_faults import FAULTS
-from lab.faults import table
+from lab.faults import CLUSTER_FAULTS, table
 from lab.servers import ROOT, Worker, as_admin, run, wait_until
 from tests.conftest import Stack
 from tests.proxy import Proxy
@@ -119,9 +118,9 @@ def test_a_worker_comes_back_while_another_connection_holds_its_control_queue(
 def test_the_page_shows_every_fault_and_nothing_is_lost() -> None:
     page = (ROOT / "docs" / "beyond-one-machine.md").read_text()
     header, _, *rows = page.split("<!-- cluster faults -->\n")[1].split("\n\n")[0].splitlines()
-    assert header == table([], FAULTS).splitlines()[0]
+    assert header == table([], CLUSTER_FAULTS).splitlines()[0]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     shown = {(what, store) for what, store, *_ in cells}
-    assert shown >= {(fault.text, "redis") for fault in FAULTS}
+    assert shown >= {(fault.text, "redis") for fault in CLUSTER_FAULTS}
     assert {store for _, store in shown} == {"redis", "rabbitmq"}
     assert {lost for _, _, _, _, lost, *_ in cells} == {"0"}
