@@ -1,13 +1,8 @@
 """On the wire: a client without Celery queues a task, receives its result, and prints every message.
 
-It uses pika and redis-py alone; a client in another language sends and receives the same. The task message is
+It sends and receives with pika and redis-py alone; a client in another language does the same. The task message is
 version 2 of Celery's protocol: https://docs.celeryq.dev/en/stable/internals/protocol.html#version-2
-
-Environment:
-  RESULT_STORE   redis (default) or rabbitmq: where the workers put the results
-  RABBITMQ_URL   the broker, default amqp://guest:guest@localhost:5672/%2F
-  REDIS_URL      the Redis result backend, default redis://localhost:6379/0
-  RABBITMQ_PASSWORD, REDIS_PASSWORD   the passwords, if the URLs have none; or with _FILE, files that they are in
+It reads the same environment variables as celeryconfig.py.
 
 Examples:
   python -m lab.wire                  add 2 3
@@ -17,12 +12,11 @@ Examples:
 
 import argparse
 import json
-import os
+import runpy
 import sys
 import uuid
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
 
 import pika
 import pika.exceptions
@@ -38,29 +32,9 @@ KEY_PREFIX = "celery-demo:celery-task-meta-"  # global_keyprefix, then Celery's 
 READY = ("SUCCESS", "FAILURE", "REVOKED")  # the states after which nothing more comes
 TIMEOUT = 30.0  # seconds to wait for the next message
 
+# Not imported: the package's other modules need Celery.
+environment = runpy.run_path(str(Path(__file__).parent.parent / "hardening" / "environment.py"))
 console = Console(highlight=False, markup=False, soft_wrap=True)
-
-
-def server_url(service: str, default: str) -> str:
-    """Return RABBITMQ_URL or REDIS_URL, with the password in it. Raises ServerError."""
-    scheme = default.partition(":")[0]
-    try:
-        parts = urlsplit(os.environ.get(f"{service}_URL") or default)
-        well_formed = parts.scheme in (scheme, f"{scheme}s") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number
-        well_formed = False
-    if not well_formed:
-        raise witness.ServerError(f"{service}_URL is malformed. It must look like {default}")
-    password = os.environ.get(f"{service}_PASSWORD")
-    if not password and (path := os.environ.get(f"{service}_PASSWORD_FILE")):
-        try:
-            password = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
-        except (OSError, UnicodeDecodeError):
-            raise witness.ServerError(f"{service}_PASSWORD_FILE names {path}, which cannot be read") from None
-    if password:
-        host = parts.netloc.rpartition("@")[2]
-        parts = parts._replace(netloc=f"{parts.username or ''}:{quote(password, safe='')}@{host}")
-    return parts.geturl()
 
 
 def show(sentence: str, **parts: Any) -> None:
@@ -75,16 +49,15 @@ def show(sentence: str, **parts: Any) -> None:
         console.print(f"     {name:10}  " + part.replace("\n", "\n" + " " * 17))
 
 
-def publish(channel: Any, task_id: str, task: str, args: list[Any], reply_to: str | None = None) -> None:
+def publish(channel: Any, task_id: str, task: str, args: list[Any], **reply_to: str) -> None:
     """Send the task message, and return when RabbitMQ has taken it. Raises ServerError."""
     properties = {
         "correlation_id": task_id,
         "content_type": "application/json",
         "content_encoding": "utf-8",
         "delivery_mode": 2,  # persistent
+        **reply_to,  # the reply queue's name, for results that come back through RabbitMQ
     }
-    if reply_to:
-        properties["reply_to"] = reply_to
     headers = {
         "lang": "py",  # the task's language, not the client's
         "task": task,
@@ -113,32 +86,31 @@ def publish(channel: Any, task_id: str, task: str, args: list[Any], reply_to: st
     console.print("     -> RabbitMQ confirms that it has the message", style="green")
 
 
-def call_through_rabbitmq(channel: Any, task: str, args: list[Any]) -> dict[str, Any] | None:
-    """Queue a task, and return the result that arrives on a reply queue, or None."""
-    task_id = str(uuid.uuid4())
+def call_through_rabbitmq(channel: Any, task_id: str, task: str, args: list[Any]) -> dict[str, Any]:
+    """Queue a task, and return the last reply that arrives on a reply queue."""
+    reply: dict[str, Any] = {"status": "PENDING"}
     reply_queue = channel.queue_declare("", exclusive=True).method.queue
     show(
         "Declare a reply queue first. It belongs to this connection, and is removed with it.",
         queue=f"{reply_queue}, exclusive",
     )
-    publish(channel, task_id, task, args, reply_queue)
+    publish(channel, task_id, task, args, reply_to=reply_queue)
     for delivery, properties, body in channel.consume(reply_queue, auto_ack=True, inactivity_timeout=TIMEOUT):
         if delivery is None:
             break
-        reply: dict[str, Any] = json.loads(body)
+        reply = json.loads(body)
         show(
             "Receive a reply. The worker published it to the queue that reply_to names; nobody else gets it.",
             properties={"correlation_id": properties.correlation_id, "content_type": properties.content_type},
             body=reply,
         )
         if reply["status"] in READY:
-            return reply
-    return None
+            break
+    return reply
 
 
-def call_through_redis(channel: Any, client: redis.Redis, task: str, args: list[Any]) -> dict[str, Any] | None:
-    """Queue a task, wait until its result is announced, and return what is in the key, or None."""
-    task_id = str(uuid.uuid4())
+def call_through_redis(channel: Any, client: redis.Redis, task_id: str, task: str, args: list[Any]) -> dict[str, Any]:
+    """Queue a task, wait until its result is announced, and return what is in the key."""
     key = f"{KEY_PREFIX}{task_id}"
     with client.pubsub() as subscription:  # type: ignore[no-untyped-call]
         subscription.subscribe(key)
@@ -147,43 +119,39 @@ def call_through_redis(channel: Any, client: redis.Redis, task: str, args: list[
         publish(channel, task_id, task, args)
         while announcement := subscription.get_message(timeout=TIMEOUT):
             status = json.loads(announcement["data"])["status"]
-            show(
-                "Hear an announcement. The worker wrote the key, and published the same to the channel.", status=status
-            )
+            show("Hear an announcement. The worker wrote the key, and published it to the channel.", status=status)
             if status in READY:
                 break
     # Read the key in any case: an announcement reaches only who is connected at that moment, the key stays.
-    stored = client.get(key)
-    result: dict[str, Any] = json.loads(stored) if stored else {"status": "PENDING"}
-    if result["status"] not in READY:
-        return None
-    show(
-        "Read the key. It stays until it expires, and every other process can read it, too.",
-        key=f"{key}, expires in {client.ttl(key)} s",
-        value=result,
-    )
+    result: dict[str, Any] = json.loads(client.get(key) or '{"status": "PENDING"}')
+    if result["status"] in READY:
+        show(
+            "Read the key. It stays until it expires, and every other process can read it, too.",
+            key=f"{key}, expires in {client.ttl(key)} s",
+            value=result,
+        )
     return result
 
 
 def call(task: str, args: list[Any]) -> dict[str, Any]:
     """Queue a task, and return its result from the store that RESULT_STORE names. Raises ServerError."""
-    store = os.environ.get("RESULT_STORE") or "redis"
-    if store not in ("redis", "rabbitmq"):
-        raise witness.ServerError(f"RESULT_STORE is {store!r}, but it must be redis or rabbitmq.")
-    broker = server_url("RABBITMQ", "amqp://guest:guest@localhost:5672/%2F")
+    store, broker = environment["result_store"](), environment["service_url"]("RABBITMQ")
+    if store == "memory" or broker == "memory://":
+        raise witness.ServerError("no worker sees what is in the memory of this process: take RabbitMQ and Redis.")
     if not witness.count_consumers(broker, QUEUE):
         raise witness.ServerError(
             f"no worker consumes from the queue {QUEUE!r}, so the task would never run. "
             "Start one: docker compose up -d worker"
         )
     console.print(f"On the wire: {task}, without Celery, its result in {store}", style="bold")
+    task_id = str(uuid.uuid4())
     with witness.rabbitmq_channel(broker) as channel:
         if store == "rabbitmq":
-            result = call_through_rabbitmq(channel, task, args)
+            result = call_through_rabbitmq(channel, task_id, task, args)
         else:
-            with witness.redis_client(server_url("REDIS", "redis://localhost:6379/0")) as client:
-                result = call_through_redis(channel, client, task, args)
-    if result is None:
+            with witness.redis_client(environment["service_url"]("REDIS")) as client:
+                result = call_through_redis(channel, client, task_id, task, args)
+    if result["status"] not in READY:
         raise witness.ServerError(
             f"no result in {store} after {TIMEOUT:.0f} s. Do the workers have RESULT_STORE={store}, too, "
             "and does the task store its result?"
