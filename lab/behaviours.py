@@ -1,340 +1,263 @@
-"""The behaviours that are compared: what is done with a result, how it looks, and why the stores differ.
+"""The behaviours that are compared: each public function here is a row of the table.
 
-Each is one short function. It runs in a new process, with a worker of the same store beside it.
+Its docstring is the row's first cell, and what it returns or raises is the store's cell; docs/side-by-side.md says why
+the stores differ. Workers of the same store run beside it, which lab/compare.py has started.
+
+  python -m lab.behaviours NAME    observe one with the store of RESULT_STORE
+
+That process knows tasks.py, as every client does. What else the workers know, lab/compare_tasks.py, it calls by name.
 """
 
 import os
+import re
 import sys
-import time
-import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 from celery import chain, chord, group, states
+from celery.exceptions import OperationalError
+from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import GroupResult
 
 import witness
 from hardening.environment import service_url
-from lab.client import PATIENCE, TIMEOUT, read, seen
-from lab.compare_tasks import EXPIRES, add_by_another, add_short_lived, document, order
-from lab.servers import as_admin, run, wait_until
+from lab.servers import wait_until
 from tasks import add, app, count_words, fetch_price, import_rows, log_visit, nap, total
 
+TIMEOUT = 300.0  # seconds; what takes longer could not be observed
+PATIENCE = 2.0  # seconds; a result that is stored already, and does not come by then, never comes
 MANY = 2_000
-MANY_TIMEOUT = 300.0  # seconds that so many may take
-LATER = 1  # seconds after which a task starts whose every state the client wants to hear
-LINES = ["the quick brown fox", "jumps over", "the lazy dog"]
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """A row of the table: what is done, how it is observed, and why the stores differ and what to do then."""
-
-    sentence: str
-    observe: Callable[[], str]
-    why: str
-
-
-BEHAVIOURS: dict[str, Behaviour] = {}
-
-
-def behaviour(why: str = "") -> Callable[[Callable[[], str]], Callable[[], str]]:
-    """Make a function a behaviour. Its docstring is the row's first cell, what it returns is the store's cell."""
-
-    def register(observe: Callable[[], str]) -> Callable[[], str]:
-        BEHAVIOURS[observe.__name__] = Behaviour((observe.__doc__ or "").rstrip("."), observe, why)
-        return observe
-
-    return register
-
+SHORT_LIVED = "short-lived"  # the queue of a worker whose results expire soon
+EXPIRES = 5  # seconds; long enough to be seen before
 
 # --- Reading a result -------------------------------------------------------------------------------------
 
 
-@behaviour()
 def read_twice() -> str:
     """Read a result twice."""
     result = add.delay(2, 3)
-    return f"{result.get(timeout=TIMEOUT)}, then {read(result)}"
+    return f"{result.get(timeout=TIMEOUT)}, then {result.get(timeout=PATIENCE)}"
 
 
-@behaviour(
-    "A message is delivered once. The object that read it remembers the value, a new object waits for a second "
-    "message. Keep the object or the value, or take Redis."
-)
 def new_result_object() -> str:
     """Read it through a new `AsyncResult`, twice."""
-    result = wait_until_stored(lambda: add.delay(2, 3))
-    return f"{read(app.AsyncResult(result.id))}, then {read(app.AsyncResult(result.id))}"
+    task_id = _add_unread().id
+    return f"{_read(task_id)}, then {_read(task_id)}"
 
 
-@behaviour()
 def another_thread() -> str:
     """Read it from another thread."""
-    result = wait_until_stored(lambda: add.delay(2, 3))
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: read(app.AsyncResult(result.id))).result()
+        return thread.submit(_read, _add_unread().id).result()
 
 
-@behaviour(
-    "The result waits in the reply queue of the process that queued the task. Take Redis: "
-    "the next request to a web server may be in another process."
-)
+def eight_threads() -> str:
+    """Eight threads queue and read at the same time, and end; then eight new ones."""
+
+    def client(number: int) -> bool:
+        return all(add.delay(number, other).get(timeout=TIMEOUT) == number + other for other in range(5))
+
+    with ThreadPoolExecutor(8) as first, ThreadPoolExecutor(8) as second:
+        right = sum(first.map(client, range(8)))
+        first.shutdown()
+        return f"{right}, then {sum(second.map(client, range(8)))} read what they queued"
+
+
 def another_process() -> str:
     """Read it from another process."""
-    result = wait_until_stored(lambda: add.delay(2, 3))
-    return in_process("ask", result.id, str(PATIENCE))
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # not forked, so that it has nothing of this one's
+        return process.submit(_read, _add_unread().id).result()
 
 
-@behaviour("The result waits in the reply queue of a process that has ended, until it expires. Take Redis.")
 def producer_exits() -> str:
     """The producer exits before the result is ready, then another process asks."""
-    task_id = in_process("queue", "tasks.nap", "[5]")
-    if app.AsyncResult(task_id).state == states.SUCCESS:
-        raise RuntimeError("the result was ready before the producer had exited")
-    return in_process("ask", task_id, "15")
+    with ProcessPoolExecutor(1, get_context("spawn")) as producer:
+        result = producer.submit(nap.delay, 5).result()
+    if result.ready():
+        raise TimeoutError("the result was ready before the producer had exited")
+    return _read(result.id, patience=15)
 
 
-@behaviour()
 def poll_state() -> str:
     """Poll `.state`, before and after a `get()`."""
-    before = poll(add.delay(2, 3))
-    add.delay(2, 3).get(timeout=TIMEOUT)
-    return f"{before} before, {poll(add.delay(2, 3))} after"
+    polled = []
+    for when in ("before", "after"):
+        result = add.delay(2, 3)
+        wait_until(result.ready, "result ready", TIMEOUT)
+        polled.append(f"{result.state} {when}")
+        add.delay(2, 3).get(timeout=TIMEOUT)
+    return ", ".join(polled)
 
 
-@behaviour()
 def unknown_id() -> str:
     """Ask for an id that does not exist."""
-    return read(app.AsyncResult(str(uuid.uuid4())))
+    return _read("there-is-no-such-id")
 
 
 # --- What a task can end with -----------------------------------------------------------------------------
 
 
-@behaviour()
 def progress() -> str:
     """Follow progress with `get(on_message=...)`."""
-    reports: list[dict[str, Any]] = []
-    value = import_rows.apply_async((3,), countdown=LATER).get(timeout=TIMEOUT, on_message=reports.append)
-    done = [report["result"]["done"] for report in reports if report["status"] == "PROGRESS"]
-    return f"{done} of {value}"
+    *reports, last = _hear(import_rows.s(3))
+    return f"{[report['result']['done'] for report in reports if report['status'] == 'PROGRESS']} of {last['result']}"
 
 
-@behaviour()
 def retry_states() -> str:
     """Follow the states of a task that fails twice and is retried."""
-    reports: list[dict[str, Any]] = []
-    fetch_price.apply_async(("tea",), countdown=LATER).get(timeout=TIMEOUT, on_message=reports.append)
-    return ", ".join(report["status"] for report in reports)
+    return ", ".join(report["status"] for report in _hear(fetch_price.s("tea")))
 
 
-@behaviour()
 def revoke() -> str:
     """Revoke a running task with `terminate=True`."""
     result = nap.delay(30)
-
-    def revoke_when_started(meta: dict[str, Any]) -> None:
-        if meta["status"] == states.STARTED:
-            result.revoke(terminate=True)
-
-    return seen(lambda: result.get(timeout=TIMEOUT, on_message=revoke_when_started))
+    wait_until(lambda: result.state == states.STARTED, "task started", TIMEOUT)
+    result.revoke(terminate=True)
+    return str(result.get(timeout=TIMEOUT))
 
 
-@behaviour()
-def custom_exception() -> str:
+def known_exception() -> str:
     """A task fails with a custom exception, and the client knows its class."""
-    return seen(lambda: order.delay("tea", 3).get(timeout=TIMEOUT))
+    from lab.compare_tasks import order
+
+    return str(order.delay("tea", 3).get(timeout=TIMEOUT))
 
 
-@behaviour()
 def unknown_exception() -> str:
     """The same, and the client does not know the class."""
-    return in_process("call", order.name, '["tea", 3]')
+    return str(app.send_task("lab.compare_tasks.order", ("tea", 3)).get(timeout=TIMEOUT))
 
 
-@behaviour()
 def ignore_result() -> str:
     """Ask for the result of a task with `ignore_result=True`."""
     result = log_visit.delay("/home")
     return f"{result.get(timeout=TIMEOUT)} at once, {result.state}"
 
 
-@behaviour(
-    "The worker queues the other task, so the result is sent to the worker's reply queue, where nobody waits for it. "
-    "Pass on the client's: self.replace(other.s(...).set(reply_to=self.request.reply_to)). Or take Redis."
-)
 def replace() -> str:
     """A task replaces itself with another one, `self.replace(...)`."""
-    return read(add_by_another.delay(2, 3), patience=5)
+    return _read(app.send_task("lab.compare_tasks.add_by_another", (2, 3)).id, patience=5)
 
 
-@behaviour()
 def megabyte() -> str:
     """Fetch a result of 1 MB."""
-    return f"{len(document.delay(1_000_000).get(timeout=TIMEOUT)):,} characters"
+    text = app.send_task(add.name, ("x" * 500_000, "y" * 500_000)).get(timeout=TIMEOUT)
+    return f"{len(text):,} characters"
 
 
 # --- Workflows --------------------------------------------------------------------------------------------
 
-NO_CHORDS = (
-    "Somebody has to count the finished parts, and a queue of messages cannot. "
-    "Take Redis, or fetch the group's results in the client and queue the last task there: "
-    "total.delay(group(...)().get(timeout=30))."
-)
 
-
-def parts() -> Any:
+def _parts() -> Any:
     """Return a group of three tasks, which count words."""
-    return group(count_words.s(line) for line in LINES)
+    return group(map(count_words.s, ("the quick brown fox", "jumps over", "the lazy dog")))
 
 
-@behaviour()
-def run_group() -> str:
-    """Run a `group`."""
-    return seen(lambda: parts()().join(timeout=TIMEOUT))
-
-
-@behaviour()
-def run_chain() -> str:
-    """Run a `chain`, and read its parents."""
+def group_and_chain() -> str:
+    """Run a `group`; run a `chain`, and read its parents."""
+    counts = _parts()().join(timeout=TIMEOUT)
     result = chain(add.s(2, 3), add.s(10), add.s(100))()
-    value = result.get(timeout=TIMEOUT)
-    parent = result.parent
-    return f"{value}, parents {parent.get(timeout=TIMEOUT)} and {parent.parent.get(timeout=TIMEOUT)}"
+    value, parent, first = (each.get(timeout=TIMEOUT) for each in (result, result.parent, result.parent.parent))
+    return f"{counts}; {value}, parents {parent} and {first}"
 
 
-@behaviour(NO_CHORDS)
 def run_chord() -> str:
     """Run a `chord`."""
-    return seen(lambda: chord(parts())(total.s()).get(timeout=TIMEOUT))
+    return str(chord(_parts())(total.s()).get(timeout=TIMEOUT))
 
 
-@behaviour(NO_CHORDS)
 def group_then_task() -> str:
     """Run `group | task`."""
-    return seen(lambda: (parts() | total.s())().get(timeout=TIMEOUT))
+    return str((_parts() | total.s())().get(timeout=TIMEOUT))
 
 
-@behaviour(NO_CHORDS)
 def nested_chords() -> str:
     """Run a `chord` of two chords."""
-    return seen(lambda: chord([chord(parts(), total.s()), chord(parts(), total.s())])(total.s()).get(timeout=TIMEOUT))
+    return str(chord([chord(_parts(), total.s())] * 2)(total.s()).get(timeout=TIMEOUT))
 
 
-@behaviour(
-    "The ids of a group's tasks are stored like a result, and there is no store to put them in. "
-    "Keep the group's result object in the process that queued it, or take Redis."
-)
 def save_group() -> str:
     """`GroupResult.save()`, then `restore()` and `join()`."""
-
-    def save_and_restore() -> object:
-        result = parts()()
-        result.save()
-        return GroupResult.restore(result.id, app=app).join(timeout=TIMEOUT)
-
-    return seen(save_and_restore)
+    result = _parts()()
+    result.save()
+    return str(GroupResult.restore(result.id, app=app).join(timeout=TIMEOUT))
 
 
 # --- What becomes of a result that nobody reads -----------------------------------------------------------
 
 
-@behaviour(
-    "Redis deletes the key. A message cannot be picked out of a queue: it stays until it is read or expires. "
-    "Queue what you will not read with ignore_result=True."
-)
 def forget() -> str:
     """`forget()` a result that nobody has read; the witness counts."""
-    before = stored_results()
-    result = wait_until_stored(lambda: add.delay(2, 3))
+    result = _add_unread()
     result.forget()
-    return f"1 in the store, then {stored_results() - before}"
+    return f"1 in the store, then {_stored(result)}"
 
 
-@behaviour()
 def expiry() -> str:
     """A result expires after 5 seconds; the witness counts."""
-    app.backend.expires = EXPIRES  # of this process's reply queue; a key in Redis expires as its worker says
-    before = stored_results()
-    wait_until_stored(lambda: add_short_lived.delay(2, 3))
-    wait_until(lambda: stored_results() == before, "result expired", TIMEOUT)
+    app.conf.result_expires = EXPIRES  # of this process's reply queue; a key in Redis expires as its worker says
+    result = _add_unread(queue=SHORT_LIVED)
+    wait_until(lambda: not _stored(result), "result expired", TIMEOUT)
     return "1 in the store, then 0"
 
 
-@behaviour()
 def many_unread() -> str:
     """2,000 results wait unread; poll the state of the last, then fetch all."""
-    results = wait_until_stored(lambda: [add.delay(number, 1) for number in range(MANY)], MANY)
-    state = seen(lambda: results[-1].state)
-    fetched = [result.get(timeout=TIMEOUT) for result in results]
-    return f"{state}, then {sum(value == number + 1 for number, value in enumerate(fetched)):,} right values"
-
-
-# --- Threads ----------------------------------------------------------------------------------------------
-
-
-@behaviour()
-def eight_threads() -> str:
-    """Eight threads queue and read at the same time."""
-
-    def client(number: int) -> str:
-        return str([add.delay(number, other).get(timeout=TIMEOUT) for other in range(5)])
-
-    with ThreadPoolExecutor(8) as threads:
-        values = list(threads.map(client, range(8)))
-    right = [value == str(list(range(number, number + 5))) for number, value in enumerate(values)]
-    return f"{sum(right)} of 8 read what they queued"
-
-
-@behaviour()
-def thread_after_thread() -> str:
-    """A thread queues, reads and ends; then a new thread queues and reads."""
-
-    def client() -> str:
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(lambda: read(add.delay(2, 3))).result()
-
-    return f"{client()}, then {client()}"
+    results = [add.delay(number, 1) for number in range(MANY)]
+    wait_until(lambda: _stored(*results) == MANY, "all stored", TIMEOUT, interval=0.5)
+    state = results[-1].state
+    right = sum(result.get(timeout=TIMEOUT) == number + 1 for number, result in enumerate(results))
+    return f"{state}, then {right:,} right values"
 
 
 # --- How to look ------------------------------------------------------------------------------------------
 
 
-def poll(result: Any) -> str:
-    """Return the state that polling ends with: a ready one, or the one that stays for ever."""
-    deadline = time.monotonic() + PATIENCE
-    while not result.ready():
-        if time.monotonic() > deadline:
-            return f"{result.state} for ever"
-        time.sleep(0.05)
-    return str(result.state)
+def _add_unread(**options: Any) -> Any:
+    """Queue a task, and return its result when the witness sees it in the store."""
+    result = add.apply_async((2, 3), **options)
+    wait_until(lambda: _stored(result), "result stored", TIMEOUT)
+    return result
 
 
-def stored_results() -> int:
-    """Return how many results the witness sees: keys in Redis, or messages on this process's reply queue."""
+def _stored(*results: Any) -> int:
+    """Return how many of this process's results the witness sees: keys in Redis, or messages on its reply queue."""
     if os.environ["RESULT_STORE"] == "redis":
-        with witness.redis_client(as_admin(service_url("REDIS"))) as client:
-            return sum(1 for _ in client.scan_iter("*celery-task-meta-*", count=1000))
+        with witness.redis_client(service_url("REDIS")) as client:
+            return sum(map(bool, client.mget([app.backend.get_key_for_task(result.id) for result in results])))
     queue = witness.find_reply_queue(app.conf.broker_url, app.thread_oid)
     return queue.messages if queue else 0
 
 
-def wait_until_stored(queue_tasks: Callable[[], Any], count: int = 1) -> Any:
-    """Queue tasks, and return their results when the witness sees them all in the store, unread."""
-    before = stored_results()
-    results = queue_tasks()
-    # Many take their time, and each look is a connection.
-    interval = 0.05 if count == 1 else 0.5
-    wait_until(lambda: stored_results() >= before + count, f"{count} results stored", MANY_TIMEOUT, interval)
-    return results
+def _read(task_id: str, patience: float = PATIENCE) -> str:
+    """Return what a new result object's get() returns, or that nothing comes."""
+    result = app.AsyncResult(task_id)
+    try:
+        return str(result.get(timeout=patience))
+    except ResultTimeout as exc:
+        return f"{result.state} for ever, {_describe(exc)}"
 
 
-def in_process(*arguments: str) -> str:
-    """Return what lab/client.py prints in a new process."""
-    done = run(sys.executable, "-m", "lab.client", *arguments, env={}, timeout=TIMEOUT)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return done.stdout.strip()
+def _hear(task: Any) -> list[dict[str, Any]]:
+    """Queue a task that starts in a second, so that get() is there before, and return each state that it tells of."""
+    reports: list[dict[str, Any]] = []
+    task.apply_async(countdown=1).get(timeout=TIMEOUT, on_message=reports.append)
+    return reports
+
+
+def _describe(exc: BaseException) -> str:
+    """Return an exception with the module to import it from, without the ids that differ from run to run."""
+    module = type(exc).__module__
+    name = type(exc).__name__ if module == "builtins" else f"{module}.{type(exc).__name__}"
+    message = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "ID", str(exc)).partition("\n")[0]
+    return f"`{name}: {message}`"
+
+
+if __name__ == "__main__":
+    try:
+        print(globals()[sys.argv[1]]())
+    except (TimeoutError, ResultTimeout, OperationalError, witness.ServerError) as exc:  # nothing was seen
+        sys.exit(f"{os.environ['RESULT_STORE']}: could not be observed: {_describe(exc)}")
+    except Exception as exc:  # whatever it is, it is what was seen
+        print(_describe(exc))

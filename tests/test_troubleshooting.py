@@ -22,7 +22,6 @@ from kombu.exceptions import OperationalError
 import witness
 from hardening import publishing
 from hardening.environment import service_url
-from lab.compare_tasks import EXPIRES
 from lab.servers import ROOT, TAKEN, Worker, as_admin, run, wait_until
 from tests.conftest import Stack
 from tests.proxy import Proxy
@@ -397,9 +396,9 @@ def test_pending_unknown_id_and_ignored_result(shared_stack: Stack) -> None:
 
 
 def test_pending_the_result_has_expired(stack: Stack, loaded: ModuleType) -> None:
-    loaded.app.backend.expires = EXPIRES  # of the reply queue; a key expires as the worker's task says
-    with Worker(stack.logs / "w.log", "--include", "lab.compare_tasks", env=stack.env) as worker:
-        result = loaded.app.send_task("lab.compare_tasks.add_short_lived", (1, 2))
+    loaded.app.conf.result_expires = 5  # of the reply queue; a key expires as its worker says
+    with Worker(stack.logs / "w.log", "result.expires=5", env=stack.env) as worker:
+        result = loaded.add.delay(1, 2)
         wait_until(lambda: worker.says(f"{result.id}] succeeded in "), "the task ran")
 
         def stored() -> object:
