@@ -14,28 +14,27 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from lab.benchmark import FLOORS, Sizes, price, tables
-from lab.benchmark_tasks import BULK, DEFAULT, OURS, PRICES
+from lab.benchmark import FULL, QUANTITIES, QUICK, page_tables, price
+from lab.benchmark_tasks import DEFAULT, OURS, kinds
 from lab.servers import ROOT, STORES, Worker, run, wait_until
 from tests.conftest import Stack
 
 FIGURES = ROOT / "docs" / "benchmark.json"
 
 
-def _is_whole(figures: dict[str, Any]) -> None:
-    assert figures["complete"]
+def _is_whole(report: dict[str, Any], sizes: dict[str, Any]) -> None:
+    assert report["sizes"] == sizes, "a quick run, or an old one"
     for store in STORES:
-        of_store = figures["figures"][store]
-        assert set(of_store) == {OURS, DEFAULT, BULK, *FLOORS[store], *(p for p in PRICES if store in PRICES[p].stores)}
-        for settings, quantities in of_store.items():
-            if settings != BULK:
-                assert quantities["price_trips_per_s" if settings in PRICES else "trips_per_s"]
+        figures = report["figures"][store]
+        assert list(figures) == kinds(store)
+        for kind in (OURS, DEFAULT):
+            assert set(QUANTITIES) - set(figures[kind]) == ({"chord_ms"} if store == "rabbitmq" else set())
+        for kind, quantities in figures.items():
+            assert {"p50_ms", "trips_per_s"} <= set(quantities)
             for quantity, values in quantities.items():
-                assert values, f"{store}, {settings}: {quantity}"
-        for count in figures["sizes"]["workers"]:
-            assert of_store[OURS][f"waiting_{count}_per_s"][0] > 0
-    assert figures["machine"]["processors"] >= 1
-    assert {"Celery", "RabbitMQ", "Redis", "Python"} <= set(figures["versions"])
+                assert len(values) == sizes["rounds"], f"{store}, {kind}: {quantity}"
+    assert report["machine"]["processors"] >= 1
+    assert {"Celery", "RabbitMQ", "Redis", "Python"} <= set(report["versions"])
 
 
 @pytest.mark.slow
@@ -43,15 +42,13 @@ def _is_whole(figures: dict[str, Any]) -> None:
 def test_one_command_measures_everything() -> None:
     done = run(sys.executable, "-m", "lab.benchmark", "--quick", "--json", env={}, timeout=1100)
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    _is_whole(figures)
-    assert tables(figures) == done.stderr.splitlines()[-len(tables(figures)) :]
+    report = json.loads(done.stdout)
+    _is_whole(report, QUICK)
+    assert page_tables(report) == done.stderr.splitlines()[-len(page_tables(report)) :]
 
 
 def test_the_committed_figures_are_whole() -> None:
-    figures = json.loads(FIGURES.read_text())
-    _is_whole(figures)
-    assert figures["sizes"] == json.loads(json.dumps(vars(Sizes()))), "a quick run, or an old one"
+    _is_whole(json.loads(FIGURES.read_text()), FULL)
 
 
 def test_the_prices_in_celeryconfig_are_those_of_the_committed_figures() -> None:
@@ -78,7 +75,7 @@ def test_the_prices_in_celeryconfig_are_those_of_the_committed_figures() -> None
 )
 def test_a_price_is_one_if_all_rounds_say_so(rounds: list[float], said: str) -> None:
     def figures(rounds: list[float]) -> dict[str, Any]:
-        return {"prefetch 4, not 1": {"price_trips_per_s": rounds}, OURS: {"price_trips_per_s": [1.0] * 3}}
+        return {"prefetch 4, not 1": {"trips_per_s": rounds}, OURS: {"trips_per_s": [1.0] * 3}}
 
     run = {"figures": {"redis": figures(rounds), "rabbitmq": figures([1.01, 1.03, 1.02])}}
     assert price(run, "prefetch 4, not 1") == f"Price, tasks a second: {said}."
