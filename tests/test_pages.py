@@ -24,6 +24,7 @@ PRODUCTION = PAGES["docs/before-production.md"]
 COSTS = PAGES["docs/what-it-costs.md"]
 LOST = PAGES["docs/what-is-lost.md"]
 SIDE_BY_SIDE = PAGES["docs/side-by-side.md"]
+MACHINES = PAGES["docs/beyond-one-machine.md"]
 FIGURES = json.loads((ROOT / "docs" / "benchmark.json").read_text())
 
 each_page = pytest.mark.parametrize("page", PAGES)
@@ -321,6 +322,14 @@ def test_the_words_on_costs_are_those_of_the_committed_figures() -> None:
         f"{chunks[0]:.0f} times as many calls a second on redis, {chunks[1]:.0f} times on rabbitmq",
     ):
         assert said in words
+
+
+def test_the_processor_time_of_a_task_is_that_of_the_committed_figures() -> None:
+    """docs/beyond-one-machine.md reckons with it; three RabbitMQ nodes take twice what one takes."""
+    column = re.findall(r"^\| .+? \| ((?:2 x )?[\d.]+ ms) \|", MACHINES.split("| CPU a task |")[1], re.MULTILINE)
+    ours = FIGURES["figures"]["redis"][OURS]
+    measured = {who: f"{median(ours[f'{who}_cpu_ms']):.2f} ms" for who in ("client", "worker", "pool", "rest", "redis")}
+    assert column == list({**measured, "rest": f"2 x {measured['rest']}"}.values())
 
 
 def test_calls_can_be_sent_in_chunks_which_share_one_fate(shared_stack: Stack) -> None:
