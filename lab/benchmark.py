@@ -221,7 +221,7 @@ def label(kind: str) -> str:
 
 def memory_table(report: dict[str, Any]) -> list[str]:
     """Unread results, and what they take."""
-    columns = {"store_mb": ("in the store", "{:.1f} MB"), "client_mb": ("in the client", "{:.0f} MB")}
+    columns = {"store_mb": ("in the store", "{:.2f} MB"), "client_mb": ("in the client", "{:.0f} MB")}
     columns["fetch_ms"] = ("to fetch each", "{:.2f} ms")
     rows = [["unread results", *(f"{store}: {head}" for store in STORES for head, _ in columns.values())]]
     for count in report["sizes"]["unread"]:

@@ -25,7 +25,7 @@ SERVERS = OwnServers(STORE, RabbitMQ(BROKER), urlsplit(BROKER).path[1:], BROKER,
 TIMEOUT = 600.0  # seconds for a result
 LARGE = 100_000  # characters
 CHUNK = 10  # calls in one task
-RABBITMQ_SAMPLES = 5.0  # seconds between its statistics
+SETTLED = 5.0  # seconds between RabbitMQ's statistics; Redis has freed the buffers of the last commands by then
 Figures = dict[str, float]
 
 
@@ -150,7 +150,7 @@ def unread(count: int) -> Figures:
         results = queue(count)
     wait_until(lambda: stored()[0] == before + count, f"{count} results", TIMEOUT, 0.2)
     if STORE == "rabbitmq":
-        time.sleep(RABBITMQ_SAMPLES)  # the first sample still has garbage in it
+        time.sleep(SETTLED)  # the first sample still has garbage in it
     full = stored()[1]
     seconds = clocked(lambda: fetch(results))
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -165,9 +165,10 @@ def main(what: str, started: float, worker: int, sizes: dict[str, Any]) -> Figur
     """Measure speed or memory. started: by time.monotonic(), before this process was."""
     fetch(queue(1))
     figures = {"first_result_s": time.monotonic() - started}
-    if what == "memory":
-        return {name: value for count in sizes["unread"] for name, value in unread(count).items()}
     fetch(queue(20))
+    if what == "memory":
+        time.sleep(SETTLED)
+        return {name: value for count in sizes["unread"] for name, value in unread(count).items()}
     figures |= one_at_a_time(sizes["trips"]) | all_at_once(sizes["tasks"], worker)
     if kind in (OURS, DEFAULT):
         figures |= queued_together(sizes["tasks"]) | chunks(sizes["calls"])
