@@ -163,6 +163,7 @@ class ReplyConsumer(OneReader, rpc.ResultConsumer):
             self._connect()
             if time.monotonic() > self._heard + self.silence:
                 self._ask()
+                return True  # results that came before the answer are handed out
             self._connection.drain_events(timeout=timeout)
             self._heard = time.monotonic()
         except TimeoutError:

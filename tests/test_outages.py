@@ -244,6 +244,20 @@ def test_one_task_is_polled_among_many_unread_replies(tasks: ModuleType, shared_
     assert tasks.app.AsyncResult("unread-7").get(timeout=5) == 7
 
 
+def test_what_arrives_while_rabbitmq_is_asked_is_handed_out_at_once(rabbitmq_stack: Stack) -> None:
+    """The first get() after a silence asks RabbitMQ whether it is there, and reads the result before the answer."""
+    tasks = rabbitmq_stack.load("tasks")
+    with Worker(rabbitmq_stack.logs / "w.log", env=rabbitmq_stack.env) as worker:
+        assert tasks.add.delay(1, 1).get(timeout=30) == 2
+        consumer = tasks.app.backend.result_consumer
+        consumer.silence, consumer.interval = 0.0, 20.0  # seconds
+        result = tasks.add.delay(2, 2)
+        wait_until(lambda: worker.log.read_text().count(" succeeded in ") == 2, "the result is sent")
+        started = time.monotonic()
+        assert result.get(timeout=60) == 4
+        assert time.monotonic() - started < consumer.interval
+
+
 @pytest.mark.parametrize("expires", [0, None])
 def test_results_that_never_expire_leave_no_queue_for_ever(rabbitmq_stack: Stack, expires: int | None) -> None:
     """0 made delay() fail (PRECONDITION_FAILED), and None left a queue behind for good."""
