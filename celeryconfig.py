@@ -10,6 +10,8 @@ REDIS_URL      redis://, rediss://, sentinel://, sentinels:// or redis+socket://
 RABBITMQ_PASSWORD, REDIS_PASSWORD              a password in plain text, to be put into the URL
 RABBITMQ_PASSWORD_FILE, REDIS_PASSWORD_FILE    the same, read from a file (/run/secrets/...)
 REDIS_SENTINEL_PASSWORD, ..._FILE              the Sentinels' own password
+SSL_CERT_FILE       with TLS, the certificate authority of your own servers
+WORKER_READY_FILE   a file that the worker touches while it consumes: see hardening/readiness.py
 
 Above each setting stands the reason for its value, then the result backend that it concerns
 (redis, rabbitmq or both) and its documentation. A value that cannot work stops the process with one line.
@@ -39,7 +41,7 @@ if broker_url.startswith("amqps://"):
     broker_use_ssl = {"cert_reqs": _ssl.CERT_REQUIRED, "server_hostname": _hostnames.OF_EACH_NODE}
 
 # delay() returns when RabbitMQ has taken the message. Without it, a message lost on the way is lost in silence.
-# Price, tasks a second: redis none, rabbitmq 18 %. Calls in a block of hardening.publishing.together() pay it once.
+# Price, tasks a second: redis none, rabbitmq 19 %. Calls in a block of hardening.publishing.together() pay it once.
 # Drop it if lost tasks do no harm. on_open gives each wait for RabbitMQ an end; the rest is for a fresh process.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-transport-options
 broker_transport_options = {
@@ -60,7 +62,7 @@ broker_pool_limit = 200
 # is declared for it that an older version had declared otherwise. Queues of your own must say that they are quorum:
 #   task_queues = [Queue("tasks", queue_arguments={"x-queue-type": "quorum"}), Queue("mail", queue_arguments=...)]
 # apply_async(priority=0 to 31) works by itself: a quorum queue refuses task_queue_max_priority.
-# Price, tasks a second: redis 12 %, rabbitmq none. With confirm_publish it is more than the sum: 36 % and 43 %.
+# Price, tasks a second: redis 13 %, rabbitmq none. With confirm_publish it is more than the sum: 37 % and 44 %.
 # Classic queues do if you have one RabbitMQ.
 # both - https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html#using-quorum-queues
 task_default_queue = "tasks"

@@ -38,7 +38,7 @@ FULL: dict[str, Any] = {  # how often, and how much
     "calls": 2_000,
     "group": 100,
     "large": 11,
-    "unread": [100, 1_000, 10_000],
+    "unread": [1_000, 10_000],
 }
 QUICK = {"rounds": 1, "trips": 10, "tasks": 50, "calls": 200, "group": 10, "large": 1, "unread": [10, 50]}
 TIMEOUT = 1_200.0  # seconds for what takes a client half a minute at most

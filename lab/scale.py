@@ -20,9 +20,21 @@ NODE_CPU, WORKER_CPU = 0.25, 1.0
 PERIOD = 10_000  # microseconds in which a node may use its share; Docker's own 100,000 would be pauses of 80 ms
 WORKERS = 3
 QUEUES = ("tasks", "imports", "mails")
-TASKS, WAITING, TRIPS, REPLIES, ROUNDS = 2_000, 300, 200, 300, 3
+TASKS, WAITING, TRIPS, REPLIES, ROUNDS = 2_000, 600, 200, 300, 3
 IDLE = 10  # seconds
 OTHERS = ("redis", "redis-2", "redis-3", *SENTINELS)
+HEAD = (
+    "store",
+    "nodes",
+    "queues",
+    "led by",
+    "tasks/s, ratio",
+    "tasks/s",
+    "RabbitMQ's CPU a task",
+    "busiest node uses",
+    "worker",
+    "client",
+)
 CPU_NS = "cat /sys/fs/cgroup/cpuacct/cpuacct.usage 2>&- || awk '/usage_usec/ {print $2 * 1000}' /sys/fs/cgroup/cpu.stat"
 
 
@@ -37,6 +49,7 @@ def seconds_of_cpu(stack: Stack, service: str) -> float:
 def measure(stack: Stack, what: str, count: int, *more: str) -> dict[str, float]:
     """Let a client measure, and return its figures. Raises Failed."""
     client = Client(stack, "scale_client", what, str(count), *more)
+    client.go()
     figures = client.wait_for("spread" if what == "waiting" else what)
     client.wait()
     return figures
@@ -57,22 +70,27 @@ def run_workers(stack: Stack, count: int) -> None:
     stack.run("docker", "update", "--cpus", str(WORKER_CPU), *stack.containers("worker"))
 
 
-def rates(stack: Stack, nodes: tuple[str, ...], queues: tuple[str, ...]) -> tuple[list[float], dict[str, float]]:
-    """Return the tasks/s of each round, and how much of its CPU each kind used at most. Raises Failed."""
-    found, used = [], dict.fromkeys(("RabbitMQ", "worker", "client"), 0.0)
+def rates(stack: Stack, nodes: tuple[str, ...], queues: tuple[str, ...]) -> dict[str, list[float]]:
+    """Return for each round tasks/s, CPU of all nodes for a task, and what each kind uses of its own. Raises Failed."""
+    found: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
         client = Client(stack, "scale_client", "spread", str(TASKS), ",".join(queues))
         client.wait_for("begins")
         before = {service: seconds_of_cpu(stack, service) for service in (*nodes, "worker")}
+        client.go()
         figures = client.wait_for("spread")
-        seconds = figures["spread"]
-        spent = {service: (seconds_of_cpu(stack, service) - before[service]) / seconds for service in before}
+        used = {service: seconds_of_cpu(stack, service) - before[service] for service in before}
         client.wait()
-        found.append(TASKS / seconds)
-        used["RabbitMQ"] = max(used["RabbitMQ"], *(spent[node] / NODE_CPU for node in nodes))
-        used["worker"] = max(used["worker"], spent["worker"] / WORKER_CPU)
-        used["client"] = max(used["client"], figures["cpu"] / seconds)
-    return found, used
+        seconds, of_nodes = figures["spread"], [used[node] for node in nodes]
+        for name, value in {
+            "per_s": TASKS / seconds,
+            "cpu_ms": 1000 * sum(of_nodes) / TASKS,
+            "busiest node": max(of_nodes) / seconds / NODE_CPU,
+            "worker": used["worker"] / seconds / WORKER_CPU,
+            "client": figures["cpu"] / seconds,
+        }.items():
+            found.setdefault(name, []).append(value)
+    return found
 
 
 def show(*cells: object) -> None:
@@ -96,24 +114,30 @@ def try_nodes(store: str, count: int, one: list[float], notes: list[str]) -> Non
                 f"{store}: tasks that wait for 10 ms, with 1, 2 and 3 workers: {ratio} times as many a second."
             )
         run_workers(stack, WORKERS)
-        if count == 1:
+        if not any("Celery" in note for note in notes):
             notes.insert(0, stack.conditions())
         trip = measure(stack, "trips", TRIPS)["trips"]
-        notes.append(f"{store}, {count} nodes: a task and its result take {trip:.1f} ms.")
+        notes.append(f"{store}, {count} of {len(NODES)} nodes: a task and its result take {trip:.1f} ms.")
         if count == len(NODES):
             notes.append(extras(stack))
         for node in nodes:
             quota = str(int(NODE_CPU * PERIOD))
             stack.run("docker", "update", "--cpu-period", str(PERIOD), "--cpu-quota", quota, stack.containers(node)[0])
         for queues in (QUEUES[:1], QUEUES):
-            found, used = rates(stack, nodes, queues)
-            one.extend(found if not one else [])
-            leaders = {stack.leaders()[queue] for queue in queues}
-            share = [f"{100 * part:.0f} %" for part in used.values()]
-            middle = statistics.median(found)
-            ratio = f"{middle / statistics.median(one):.2f}"
-            spread = f"{min(found):.0f} to {max(found):.0f}"
-            show(store, count, len(queues), len(leaders), ratio, f"{middle:.0f} ({spread})", *share)
+            found = rates(stack, nodes, queues)
+            per_s = found["per_s"]
+            one.extend(per_s if not one else [])
+            middle = {name: statistics.median(values) for name, values in found.items()}
+            show(
+                store,
+                count,
+                len(queues),
+                len({stack.leaders()[queue] for queue in queues}),
+                f"{middle['per_s'] / statistics.median(one):.2f}",
+                f"{middle['per_s']:.0f} ({min(per_s):.0f} to {max(per_s):.0f})",
+                f"{middle['cpu_ms']:.2f} ms",
+                *(f"{100 * middle[name]:.0f} %" for name in ("busiest node", "worker", "client")),
+            )
 
 
 def extras(stack: Stack) -> str:
@@ -147,8 +171,8 @@ def main() -> int:
     parser.add_argument("--store", choices=STORES)
     store = parser.parse_args().store
     notes: list[str] = []
-    show("store", "nodes", "queues", "led by", "tasks/s, ratio", "tasks/s", "CPU: busiest node", "worker", "client")
-    show(*["---"] * 9)
+    show(*HEAD)
+    show(*["---"] * len(HEAD))
     try:
         for each in [store] if store else STORES:
             one: list[float] = []

@@ -44,6 +44,7 @@ def spread(count: int, queues: str, seconds: float = 0.0) -> dict[str, float]:
     for result in first:
         result.get(timeout=TIMEOUT)
     print(json.dumps({"begins": count}), flush=True)
+    sys.stdin.readline()
     cpu = time.process_time()
     return {"spread": clocked(run), "cpu": time.process_time() - cpu}
 

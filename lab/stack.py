@@ -94,7 +94,7 @@ class Stack:
         celery = self.compose("exec", "-T", "worker", "python", "-c", "import celery; print(celery.__version__)")
         redis = self.redis("info", "server").partition("redis_version:")[2].split()[0]
         versions = f"Celery {celery.strip()}, RabbitMQ {self.rabbitmqctl('version').strip()}, Redis {redis}"
-        return f"Results in {self.store}; {versions}; on {os.cpu_count()} processors, {datetime.now():%Y-%m-%d}."
+        return f"{versions}; {os.cpu_count()} processors, {datetime.now():%Y-%m-%d}"
 
     def down(self) -> None:
         """Remove containers, networks and volumes. Raises Failed."""
@@ -142,7 +142,7 @@ class Client:
             [*stack.command, "run", *options, "producer", "python", "-m", f"lab.{module}", *arguments],
             cwd=ROOT,
             env=stack.env,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -177,6 +177,11 @@ class Client:
                 if self.ended or time.monotonic() > deadline:
                     raise Failed(f"the client does not say {key!r}: {''.join(self.errors)[-1000:]}")
                 self.changed.wait(1)
+
+    def go(self) -> None:
+        """Let it go on, if it waits for that."""
+        assert self.process.stdin
+        print(file=self.process.stdin, flush=True)
 
     def kill(self) -> None:
         """Kill it with SIGKILL. Raises Failed."""

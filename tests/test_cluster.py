@@ -16,7 +16,9 @@ from pika.exceptions import ChannelClosedByBroker
 import witness
 from hardening.sentinel import NO_MASTER, WRITES, Client
 from lab.faults import CLUSTER_FAULTS, table
-from lab.servers import ROOT, Worker, as_admin, run, wait_until
+from lab.scale import HEAD, QUEUES
+from lab.servers import ROOT, STORES, Worker, as_admin, run, wait_until
+from lab.stack import NODES
 from tests.conftest import Stack
 from tests.proxy import Proxy
 
@@ -115,9 +117,25 @@ def test_a_worker_comes_back_while_another_connection_holds_its_control_queue(
             assert worker.process.poll() is None
 
 
+PAGE = (ROOT / "docs" / "beyond-one-machine.md").read_text()
+
+
+def test_the_page_shows_one_two_and_three_nodes_with_both_stores() -> None:
+    header, _, *rows = PAGE.split("<!-- scale -->\n")[1].split("\n\n")[0].splitlines()
+    assert header == f"| {' | '.join(HEAD)} |"
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:3] for row in cells] == [
+        [store, str(count + 1), str(queues)]
+        for store in STORES
+        for count in range(len(NODES))
+        for queues in (1, len(QUEUES))
+    ]
+    for *_, node, worker, client in cells:  # what is missing first
+        assert float(node.strip(" %")) > 80 > 40 > float(worker.strip(" %")) > float(client.strip(" %")) * 0.5
+
+
 def test_the_page_shows_every_fault_and_nothing_is_lost() -> None:
-    page = (ROOT / "docs" / "beyond-one-machine.md").read_text()
-    header, _, *rows = page.split("<!-- cluster faults -->\n")[1].split("\n\n")[0].splitlines()
+    header, _, *rows = PAGE.split("<!-- cluster faults -->\n")[1].split("\n\n")[0].splitlines()
     assert header == table([], CLUSTER_FAULTS).splitlines()[0]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     shown = {(what, store) for what, store, *_ in cells}

@@ -21,7 +21,7 @@ def double(x):
     return 2 * x
 """
 FILE = 'app.config_from_object("celeryconfig")'
-UPDATED = FILE + '\napp.conf.update(result_expires=60, result_backend="redis://user:s3cret@127.0.0.1:1/0")'
+UPDATED = FILE + '\napp.conf.update(result_expires=60, result_backend="redis://user:s3cret@other/0")'
 SETTINGS_OBJECT = """app.config_from_object({"CELERY_BROKER_URL": "redis://:s3cret@old/0", "CELERY_TASK_TIME_LIMIT": 30,
     "CELERY_RESULT_BACKEND": "django-db", "CELERY_TASK_ACKS_LATE": True}, namespace="CELERY")
 app.add_defaults(celeryconfig)"""
@@ -63,7 +63,7 @@ def test_results_in_rabbitmq(tmp_path: Path) -> None:
 
 def test_a_later_update_is_named(tmp_path: Path) -> None:
     line = _line(tmp_path, UPDATED, RESULT_STORE="redis")
-    assert "results in redis://user:**@127.0.0.1:1/0" in line
+    assert "results in redis://user:**@other/0" in line
     assert line.endswith("; not as in celeryconfig.py: result_backend, result_expires.")
 
 
