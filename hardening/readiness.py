@@ -28,8 +28,7 @@ def refuse_wrong_passwords(app: Celery) -> None:
         except amqp.AccessRefused:
             _refuse(
                 f"{where} refuses the user {user!r} or its password. Check RABBITMQ_URL and RABBITMQ_PASSWORD. "
-                "A password changed after the first start is not taken over: "
-                'docker compose --profile "*" down -v starts with an empty volume.'
+                "RabbitMQ keeps the password of its first start: rabbitmqctl change_password changes it."
             )
         except amqp.NotAllowed:
             _refuse(

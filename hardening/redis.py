@@ -4,7 +4,7 @@ What Celery lacks: it queues no task while Redis is away, hears nothing more aft
 ends a chord whose part could not be counted, and shows states twice, backwards, or those of other tasks.
 What this does: the client subscribes in get() and connects anew, the worker stores in one round trip and tries again.
 A client's calls end with kombu.exceptions.OperationalError when Redis is away, as delay() does without RabbitMQ.
-To go back: result_backend = redis_url. For Celery 5.7.
+To go back: result_backend = _redis_url. For Celery 5.7.
 """
 
 import logging

@@ -25,7 +25,7 @@ PRICES: dict[str, dict[str, Any]] = {  # what is put back to Celery's default, w
     },
     "prefetch 4, not 1": {"worker_prefetch_multiplier": 4},
     "result without name and arguments": {"result_extended": False},
-    "no retries, no time-outs for Redis": {
+    "no time-outs for Redis": {
         "redis_socket_timeout": 120.0,
         "redis_socket_connect_timeout": None,
         "redis_socket_keepalive": False,
@@ -34,7 +34,7 @@ PRICES: dict[str, dict[str, Any]] = {  # what is put back to Celery's default, w
     "Celery's own redis:// or rpc://": {"result_backend": STOCK},
     "with events, for Flower": {"worker_send_task_events": True},
 }
-ONLY = {"no retries, no time-outs for Redis": "redis", "results in memory only": "rabbitmq"}
+ONLY = {"no time-outs for Redis": "redis", "results in memory only": "rabbitmq"}
 
 
 def kinds(store: str) -> list[str]:

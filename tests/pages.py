@@ -6,7 +6,7 @@ from pathlib import Path
 from lab.servers import ROOT
 
 COPY_IT = (ROOT / "docs" / "copy-it.md").read_text()
-UPGRADE = (ROOT / "docs" / "upgrade.md").read_text() if (ROOT / "docs" / "upgrade.md").exists() else ""
+UPGRADE = (ROOT / "docs" / "upgrade.md").read_text()
 
 
 def program(name: str, page: str = COPY_IT) -> str:
