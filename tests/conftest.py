@@ -24,7 +24,7 @@ QUIET = "on two quiet cores"
 def pytest_report_header(config: pytest.Config) -> str:
     """Say at the start how long it takes."""
     if config.option.markexpr == "slow":
-        return f"These are the long ones alone. They take about 6 minutes {QUIET}."
+        return f"These are the long ones alone. They take about 8 minutes {QUIET}."
     return f"All of them take about 6 minutes {QUIET}, -n 6 at once; those marked slow are left out: -m slow runs them."
 
 

@@ -49,12 +49,12 @@ def folder(tmp_path: Path) -> Path:
     "options",
     [
         ("-P", "gevent", "-c", "10", "-E"),
-        ("-P", "gevent", "-c", "10"),
+        pytest.param(("-P", "gevent", "-c", "10"), marks=pytest.mark.slow),
         ("-P", "threads", "-E"),
         ("-P", "solo", "-E"),
         ("-E",),
     ],
-    ids=" ".join,
+    ids=lambda options: " ".join(options),
 )
 def test_it_runs_a_hundred_tasks_and_ends(stack: Stack, folder: Path, options: tuple[str, ...]) -> None:
     """The heart beats every two seconds: after some of them the loop of greenlets had swallowed a confirm."""

@@ -87,7 +87,11 @@ def others_run(app: Any, folder: Path) -> None:
 OUTCOMES = {"revoked": "REVOKED", "expired": "REVOKED", "timed out": "FAILURE", "unknown": "FAILURE", "lost": "FAILURE"}
 
 
-@pytest.mark.parametrize("kinds", [*[[kind] for kind in OUTCOMES], list(OUTCOMES)], ids=" and ".join)
+@pytest.mark.parametrize(
+    "kinds",
+    [list(OUTCOMES), *(pytest.param([kind], marks=pytest.mark.slow) for kind in OUTCOMES)],
+    ids=lambda kinds: " and ".join(kinds),
+)
 def test_other_tasks_go_on_and_the_outcome_is_stored_later(
     redis_stack: Stack, env: dict[str, str], tmp_path: Path, kinds: list[str]
 ) -> None:
