@@ -79,8 +79,9 @@ def rabbitmq_channel(url: str) -> Iterator[Any]:
             yield connection.channel()
     except pika.exceptions.ProbableAuthenticationError:
         raise Refused(
-            f"{server} refuses the user {user!r} or its password. Check RABBITMQ_URL and RABBITMQ_PASSWORD. "
-            "RabbitMQ keeps the password of its first start: rabbitmqctl change_password changes it."
+            f"{server} refuses the user {user!r} or its password. Check RABBITMQ_URL and RABBITMQ_PASSWORD. A password "
+            'changed after the first start is not taken over: docker compose --profile "*" down -v starts with an '
+            "empty volume."
         ) from None
     except pika.exceptions.ProbableAccessDeniedError:
         raise Refused(
