@@ -259,7 +259,10 @@ def env() -> None:
         file.write_text(file.read_text().replace("'rabbitmq", "'changed"))
         compose("up", "--detach")
         assert producer_exit_code() == 1
-        mends = {"producer": 'docker compose --profile "*" down -v', "worker": "rabbitmqctl change_password"}
+        mends = {
+            "producer": 'is not taken over: docker compose --profile "*" down -v',
+            "worker": "rabbitmqctl change_password",
+        }
         for service, mend in mends.items():
             logs = compose("logs", "--no-color", service)
             assert mend in logs, logs

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from celery import chord, group
 
 from hardening.publishing import together
 from lab.benchmark_tasks import DEFAULT, OURS, add, app, document, kind, total
-from lab.servers import OwnServers, RabbitMQ, wait_until
+from lab.servers import OwnServers, RabbitMQ, clocked, wait_until
 
 STORE, BROKER = os.environ["RESULT_STORE"], os.environ["RABBITMQ_URL"]
 SERVERS = OwnServers(STORE, RabbitMQ(BROKER), urlsplit(BROKER).path[1:], BROKER, os.environ["REDIS_URL"])
@@ -27,13 +26,6 @@ LARGE = 100_000  # characters
 CHUNK = 10  # calls in one task
 SETTLED = 5.0  # seconds between RabbitMQ's statistics; Redis has freed the buffers of the last commands by then
 Figures = dict[str, float]
-
-
-def clocked(call: Callable[[], object]) -> float:
-    """Return how many seconds a call takes."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def queue(count: int) -> list[Any]:

@@ -336,8 +336,7 @@ def memory(stack: Stack, client: Client | None) -> list[float]:
     ]
     producer = megabytes.pop(0) if client else 0.0
     redis = stack.redis("info", "memory").partition("used_memory:")[2].split()[0]
-    rabbitmq = stack.rabbitmqctl("eval", "erlang:memory(total).")
-    return [producer, sum(megabytes), int(redis) / 1e6, int(rabbitmq) / 1e6]
+    return [producer, sum(megabytes), int(redis) / 1e6, stack.rabbitmq_mb()]
 
 
 def try_load(stack: Stack) -> None:

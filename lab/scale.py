@@ -147,17 +147,14 @@ def extras(stack: Stack) -> str:
         ratio = figures["copies"] / figures["stored"]
         return f"redis: a result that waits for its copy takes {ratio:.1f} times as long to store."
 
-    def megabytes() -> float:
-        return int(stack.rabbitmqctl("eval", "erlang:memory(total).")) / 1e6
-
     def idle() -> float:
         before = seconds_of_cpu(stack, NODES[0])
         time.sleep(IDLE)
         return (seconds_of_cpu(stack, NODES[0]) - before) / IDLE
 
-    before, idle_before = megabytes(), idle()
+    before, idle_before = stack.rabbitmq_mb(), idle()
     took = measure(stack, "replies", REPLIES)["replies"]
-    cpu, memory = idle() - idle_before, (megabytes() - before) / REPLIES
+    cpu, memory = idle() - idle_before, (stack.rabbitmq_mb() - before) / REPLIES
     trip = measure(stack, "trips", TRIPS)["trips"]
     return (
         f"rabbitmq: {REPLIES} more reply queues took {took:.0f} ms each to declare, {memory:.2f} MB each on each node, "

@@ -11,23 +11,16 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 
 from celery import uuid
 
 from hardening import sentinel
 from hardening.publishing import together
 from lab.fault_tasks import app, work
+from lab.servers import clocked
 
 TIMEOUT = 120.0  # seconds for a result
 WARM = 30  # tasks for each queue before it counts
-
-
-def clocked(call: Callable[[], object]) -> float:
-    """Return how many seconds a call takes."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def spread(count: int, queues: str, seconds: float = 0.0) -> dict[str, float]:

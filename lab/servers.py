@@ -24,9 +24,9 @@ import celery
 import redis
 
 from hardening.environment import service_url
+from lab.stack import ROOT as ROOT
+from lab.stack import STORES as STORES
 
-ROOT = Path(__file__).parent.parent
-STORES = ("redis", "rabbitmq")
 TAKEN = "taken"  # the key that marks a Redis database as somebody's own
 
 
@@ -38,6 +38,13 @@ def wait_until(condition: Callable[[], Any], what: str, timeout: float = 120.0, 
             raise TimeoutError(f"{what}: not after {timeout} s")
         time.sleep(interval)
     return value
+
+
+def clocked(call: Callable[[], object]) -> float:
+    """Return how many seconds a call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def as_admin(url: str) -> str:

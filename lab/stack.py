@@ -71,9 +71,13 @@ class Stack:
         login = 'REDISCLI_AUTH=$(cat /run/admin/password) exec redis-cli --user admin "$@"'
         return self.compose("exec", "-T", service, "sh", "-c", login, "redis-cli", *command)
 
-    def rabbitmqctl(self, *command: str, node: str = "rabbitmq") -> str:
+    def rabbitmqctl(self, *command: str) -> str:
         """Run a command in rabbitmqctl. Raises Failed."""
-        return self.compose("exec", "-T", node, "rabbitmqctl", "--quiet", *command)
+        return self.compose("exec", "-T", "rabbitmq", "rabbitmqctl", "--quiet", *command)
+
+    def rabbitmq_mb(self) -> float:
+        """Return the memory that RabbitMQ says it uses, in MB. Raises Failed."""
+        return int(self.rabbitmqctl("eval", "erlang:memory(total).")) / 1e6
 
     def leaders(self) -> dict[str, str]:
         """Return the RabbitMQ node that leads each queue. Raises Failed."""

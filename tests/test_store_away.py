@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,6 +86,16 @@ def others_run(app: Any, folder: Path) -> None:
     wait_until(lambda: len(list(folder.glob("touched*"))) == 6, "the others ran")
 
 
+@contextmanager
+def without_redis(stack: Stack, env: dict[str, str], *options: str) -> Iterator[tuple[Proxy, Worker]]:
+    """Run a worker for which Redis is away, until the proxy restores it."""
+    with Proxy(stack.redis_url) as redis:
+        away = {**env, "REDIS_URL": redis.url()}
+        with Worker(stack.logs / "w.log", *options, "--include", "jobs", env=away) as worker:
+            redis.cut()
+            yield redis, worker
+
+
 OUTCOMES = {"revoked": "REVOKED", "expired": "REVOKED", "timed out": "FAILURE", "unknown": "FAILURE", "lost": "FAILURE"}
 
 
@@ -96,33 +108,27 @@ def test_other_tasks_go_on_and_the_outcome_is_stored_later(
     redis_stack: Stack, env: dict[str, str], tmp_path: Path, kinds: list[str]
 ) -> None:
     app: Any = redis_stack.load("tasks").app
-    with Proxy(redis_stack.redis_url) as redis:
-        away = {**env, "REDIS_URL": redis.url()}
-        with Worker(redis_stack.logs / "w.log", "--include", "jobs", env=away) as worker:
-            redis.cut()
-            results = {kind: send(app, kind) for kind in kinds}
-            time.sleep(3)  # the limit is exceeded, the countdown is over
-            others_run(app, tmp_path)
-            assert app.control.ping(timeout=10)
-            redis.restore()
-            expected = {kind: OUTCOMES[kind] for kind in kinds}
-            wait_until(lambda: {kind: result.state for kind, result in results.items()} == expected, "stored", 60)
-            assert worker.process.poll() is None
+    with without_redis(redis_stack, env) as (redis, worker):
+        results = {kind: send(app, kind) for kind in kinds}
+        time.sleep(3)  # the limit is exceeded, the countdown is over
+        others_run(app, tmp_path)
+        assert app.control.ping(timeout=10)
+        redis.restore()
+        expected = {kind: OUTCOMES[kind] for kind in kinds}
+        wait_until(lambda: {kind: result.state for kind, result in results.items()} == expected, "stored", 60)
+        assert worker.process.poll() is None
 
 
 def test_it_ends_and_the_message_returns(redis_stack: Stack, env: dict[str, str]) -> None:
     app: Any = redis_stack.load("tasks").app
-    with Proxy(redis_stack.redis_url) as redis:
-        away = {**env, "REDIS_URL": redis.url()}
-        with Worker(redis_stack.logs / "w.log", "--include", "jobs", env=away) as worker:
-            redis.cut()
-            result = send(app, "timed out")
-            wait_until(lambda: worker.says("signal 9 (SIGKILL)"), "timed out")
-            os.kill(worker.process.pid, signal.SIGTERM)
-            try:
-                wait_until(lambda: worker.process.poll() is not None, "it ends")
-            finally:
-                redis.restore()
+    with without_redis(redis_stack, env) as (redis, worker):
+        result = send(app, "timed out")
+        wait_until(lambda: worker.says("signal 9 (SIGKILL)"), "timed out")
+        os.kill(worker.process.pid, signal.SIGTERM)
+        try:
+            wait_until(lambda: worker.process.poll() is not None, "it ends")
+        finally:
+            redis.restore()
     with Worker(redis_stack.logs / "next.log", "--include", "jobs", env=env):
         wait_until(lambda: result.state == "FAILURE", "stored by the next one")
 
@@ -130,15 +136,12 @@ def test_it_ends_and_the_message_returns(redis_stack: Stack, env: dict[str, str]
 @pytest.mark.parametrize("pool", ["gevent", "threads"])
 def test_other_pools_go_on_too(redis_stack: Stack, env: dict[str, str], tmp_path: Path, pool: str) -> None:
     app: Any = redis_stack.load("tasks").app
-    with Proxy(redis_stack.redis_url) as redis:
-        away = {**env, "REDIS_URL": redis.url()}
-        with Worker(redis_stack.logs / "w.log", "-P", pool, "--include", "jobs", env=away):
-            redis.cut()
-            results = [send(app, kind) for kind in ("expired", "unknown")]
-            time.sleep(2)  # the countdown is over
-            others_run(app, tmp_path)
-            redis.restore()
-            wait_until(lambda: [result.state for result in results] == ["REVOKED", "FAILURE"], "stored", timeout=60)
+    with without_redis(redis_stack, env, "-P", pool) as (redis, _):
+        results = [send(app, kind) for kind in ("expired", "unknown")]
+        time.sleep(2)  # the countdown is over
+        others_run(app, tmp_path)
+        redis.restore()
+        wait_until(lambda: [result.state for result in results] == ["REVOKED", "FAILURE"], "stored", timeout=60)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "solo", "threads", "gevent"])
@@ -148,15 +151,12 @@ def test_a_result_that_is_late_for_its_limit_arrives_and_the_worker_goes_on(
     """Its message goes back, and the task runs again. Other pools than prefork lose it by themselves."""
     app: Any = redis_stack.load("tasks").app
     ran = tmp_path / "ran"
-    with Proxy(redis_stack.redis_url) as redis:
-        away = {**env, "REDIS_URL": redis.url()}
-        with Worker(redis_stack.logs / "w.log", "-P", pool, "--include", "jobs", env=away):
-            redis.cut()
-            results = [app.send_task("jobs.limited", (str(ran),)) for _ in range(3)]
-            wait_until(lambda: ran.exists() and ran.read_text().count("ran") > 3, "one ran again", timeout=90)
-            redis.restore()
-            assert [result.get(timeout=90) for result in results] == ["done"] * 3
-            assert app.send_task("jobs.limited", (str(ran),)).get(timeout=30) == "done"
+    with without_redis(redis_stack, env, "-P", pool) as (redis, _):
+        results = [app.send_task("jobs.limited", (str(ran),)) for _ in range(3)]
+        wait_until(lambda: ran.exists() and ran.read_text().count("ran") > 3, "one ran again", timeout=90)
+        redis.restore()
+        assert [result.get(timeout=90) for result in results] == ["done"] * 3
+        assert app.send_task("jobs.limited", (str(ran),)).get(timeout=30) == "done"
 
 
 def test_a_task_that_is_acknowledged_early_never_runs_twice(
@@ -164,18 +164,15 @@ def test_a_task_that_is_acknowledged_early_never_runs_twice(
 ) -> None:
     """Neither when its result cannot be stored within its limit, nor when its process is killed: that is a failure."""
     app: Any = redis_stack.load("tasks").app
-    with Proxy(redis_stack.redis_url) as redis:
-        away = {**env, "REDIS_URL": redis.url()}
-        with Worker(redis_stack.logs / "w.log", "--include", "jobs", env=away) as worker:
-            redis.cut()
-            once = app.send_task("jobs.once", (str(tmp_path / "once"),))
-            wait_until(lambda: worker.says("its outcome is not stored"), "given up", timeout=60)
-            redis.restore()
-            killed = app.send_task("jobs.dies_early_acknowledged", (str(tmp_path / "killed"),))
-            with pytest.raises(Exception, match="could not be stored within its time limit"):
-                once.get(timeout=60)
-            with pytest.raises(Exception, match="signal 9"):
-                killed.get(timeout=60)
+    with without_redis(redis_stack, env) as (redis, worker):
+        once = app.send_task("jobs.once", (str(tmp_path / "once"),))
+        wait_until(lambda: worker.says("its outcome is not stored"), "given up", timeout=60)
+        redis.restore()
+        killed = app.send_task("jobs.dies_early_acknowledged", (str(tmp_path / "killed"),))
+        with pytest.raises(Exception, match="could not be stored within its time limit"):
+            once.get(timeout=60)
+        with pytest.raises(Exception, match="signal 9"):
+            killed.get(timeout=60)
     assert (tmp_path / "once").read_text() == (tmp_path / "killed").read_text() == "ran\n"
 
 
