@@ -246,7 +246,7 @@ def conditions_line(report: dict[str, Any]) -> str:
 
 def page_tables(report: dict[str, Any]) -> list[str]:
     """Return what is shown of a report, here and in docs/what-it-costs.md."""
-    return [conditions_line(report), "", *summary_table(report), "", *price_table(report), "", *memory_table(report)]
+    return [conditions_line(report), "", *price_table(report), "", *summary_table(report), "", *memory_table(report)]
 
 
 def main() -> int:

@@ -26,62 +26,46 @@ AWAY = 20  # seconds for which a server is away, or a network cut
 MINUTES, RATE, EXPIRES = 10, 20, 240  # with --load: so many tasks a second, seconds until a result expires
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is broken while tasks run."""
-
-    name: str
-    text: str
-    inject: Callable[..., None]
-    what: tuple[str, ...] = ()  # services or networks
-    workers: int = 1
-    client: str = "stream"
-    cold: bool = False  # each pool process runs one task: none has sent a result before
+Break = Callable[[Stack], None]
 
 
 def nothing(stack: Stack) -> None:
     """Break nothing."""
 
 
-def killed(stack: Stack, *services: str, away: float = 2) -> None:
-    """Kill services with SIGKILL, and start them seconds later."""
-    stack.compose("kill", *services)
-    time.sleep(away)
-    stack.compose("start", *services)
+def down(how: str, *services: str, seconds: float = AWAY) -> Break:
+    """Kill, stop or pause services, or those that lead now, and have them back after some seconds."""
+
+    def inject(stack: Stack) -> None:
+        named = [stack.now(service) for service in services]
+        stack.compose(how, *named)
+        time.sleep(seconds)
+        stack.compose("unpause" if how == "pause" else "start", *named)
+
+    return inject
 
 
-def killed_long(stack: Stack, *services: str) -> None:
-    """Kill services, and start them after a while."""
-    killed(stack, *services, away=AWAY)
+def apart(*services: str, seconds: float = AWAY) -> Break:
+    """Take services, or those that lead now, off their networks; among themselves they see each other."""
+
+    def inject(stack: Stack) -> None:
+        with stack.apart(*map(stack.now, services)):
+            time.sleep(seconds)
+
+    return inject
 
 
-def restarted(stack: Stack, *services: str, away: float = 0) -> None:
-    """Stop services with SIGTERM, and start them again."""
-    stack.compose("stop", *services)
-    time.sleep(away)
-    stack.compose("start", *services)
-
-
-def stopped(stack: Stack, *services: str) -> None:
-    """Stop services, and start them after a while."""
-    restarted(stack, *services, away=AWAY)
-
-
-def frozen(stack: Stack, service: str) -> None:
-    """Freeze a service for a while; its connections stay open and nobody answers."""
-    stack.compose("pause", service)
-    time.sleep(AWAY)
-    stack.compose("unpause", service)
-
-
-def cut_off(stack: Stack, *networks: str) -> None:
+def cut_off(*networks: str) -> Break:
     """Take the worker off networks for a while; packets vanish."""
-    worker = stack.containers("worker")[0]
-    for network in networks:
-        stack.run("docker", "network", "disconnect", f"{stack.project}_{network}", worker)
-    time.sleep(AWAY)
-    for network in networks:
-        stack.run("docker", "network", "connect", f"{stack.project}_{network}", worker)
+
+    def inject(stack: Stack) -> None:
+        for change in ("disconnect", "connect"):
+            for network in networks:
+                stack.run("docker", "network", change, f"{stack.project}_{network}", stack.containers("worker")[0])
+            if change == "disconnect":
+                time.sleep(AWAY)
+
+    return inject
 
 
 def kill_pool_processes(stack: Stack) -> None:
@@ -112,118 +96,72 @@ def raise_memory_alarm(stack: Stack) -> None:
     stack.rabbitmqctl("set_vm_memory_high_watermark", "absolute", "600000000")  # as in docker-compose.yml
 
 
-FAULTS = [
-    Fault("none", "nothing", nothing),
-    Fault("pool-killed", "four processes of the worker's pool killed", kill_pool_processes),
-    Fault("poison", "a task kills its process each time", nothing, client="poison"),
-    Fault("worker-killed", "worker killed", killed, ("worker",)),
-    Fault("worker-restarted", "worker stopped and started", restarted, ("worker",)),
-    Fault("worker-lost", "one of two workers killed for good", lose_one_worker, workers=2),
-    Fault("worker-cut-off", f"worker without network for {AWAY} s", cut_off, ("default", "results")),
-    Fault("worker-cut-off-redis", f"worker cut off from Redis for {AWAY} s", cut_off, ("results",)),
-    Fault("rabbitmq-restarted", "RabbitMQ stopped and started", restarted, ("rabbitmq",)),
-    Fault(
-        "rabbitmq-restarted-cold",
-        "RabbitMQ stopped and started, with a new pool process for each task",
-        restarted,
-        ("rabbitmq",),
-        cold=True,
-    ),
-    Fault(
-        "rabbitmq-together",
-        "RabbitMQ stopped and started inside a block of `together()`",
-        restarted,
-        ("rabbitmq",),
-        client="together",
-    ),
-    Fault("rabbitmq-stopped", f"RabbitMQ stopped for {AWAY} s", stopped, ("rabbitmq",)),
-    Fault("rabbitmq-killed", "RabbitMQ killed", killed, ("rabbitmq",)),
-    Fault("rabbitmq-paused", f"RabbitMQ frozen for {AWAY} s", frozen, ("rabbitmq",)),
-    Fault("rabbitmq-alarm", f"RabbitMQ blocks publishers for {AWAY} s", raise_memory_alarm),
-    Fault("redis-restarted", "Redis stopped and started", restarted, ("redis",)),
-    Fault("redis-stopped", f"Redis stopped for {AWAY} s", stopped, ("redis",)),
-    Fault("redis-killed", "Redis killed", killed, ("redis",)),
-    Fault("redis-paused", f"Redis frozen for {AWAY} s", frozen, ("redis",)),
-    Fault("redis-full", f"Redis full for {AWAY} s", fill_redis),
-    Fault("all-restarted", "all of them stopped and started", restarted, ("worker", "rabbitmq", "redis")),
-    Fault("producer-killed", "producer killed, a new one fetches by id", nothing, client="queue"),
-]
-NOT_PROMISED = {("rabbitmq", "producer-killed"): "the reply queue belongs to the process that queued the tasks"}
-
-
-# --- The cluster ------------------------------------------------------------------------------------------
-
-
-def leader_killed(stack: Stack) -> None:
-    """Kill the node that leads the queue tasks."""
-    killed_long(stack, stack.leaders()["tasks"])
-
-
-def rolling(stack: Stack) -> None:
+def restart_each_node(stack: Stack) -> None:
     """Restart each node, the next when the last has joined, as an upgrade does."""
     for node in NODES:
         stack.compose("stop", node)
         stack.compose("up", "--detach", "--wait", "--no-deps", node)
 
 
-def leader_cut_off(stack: Stack) -> None:
-    """Take the node that leads the queue tasks off the network."""
-    with stack.apart(stack.leaders()["tasks"]):
-        time.sleep(AWAY)
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is broken while tasks run."""
+
+    name: str
+    text: str
+    inject: Break
+    workers: int = 1
+    client: str = "stream"
+    cold: bool = False  # each pool process runs one task: none has sent a result before
 
 
-def node_cut_off(stack: Stack) -> None:
-    """Take the node that client and worker are connected to off the network, longer than anybody should wait for it."""
-    with stack.apart(NODES[0]):
-        time.sleep(3 * AWAY)
+RESTART = down("stop", "rabbitmq", seconds=0)
+FAULTS = [
+    Fault("none", "nothing", nothing),
+    Fault("pool-killed", "four processes of the worker's pool killed", kill_pool_processes),
+    Fault("poison", "a task kills its process each time", nothing, client="poison"),
+    Fault("worker-killed", "worker killed", down("kill", "worker", seconds=2)),
+    Fault("worker-restarted", "worker stopped and started", down("stop", "worker", seconds=0)),
+    Fault("worker-lost", "one of two workers killed for good", lose_one_worker, workers=2),
+    Fault("worker-cut-off", f"worker without network for {AWAY} s", cut_off("default", "results")),
+    Fault("worker-cut-off-redis", f"worker cut off from Redis for {AWAY} s", cut_off("results")),
+    Fault("rabbitmq-restarted", "RabbitMQ stopped and started", RESTART),
+    Fault("cold", "RabbitMQ stopped and started, with a new pool process for each task", RESTART, cold=True),
+    Fault("together", "RabbitMQ stopped and started inside a block of `together()`", RESTART, client="together"),
+    Fault("rabbitmq-stopped", f"RabbitMQ stopped for {AWAY} s", down("stop", "rabbitmq")),
+    Fault("rabbitmq-killed", "RabbitMQ killed", down("kill", "rabbitmq", seconds=2)),
+    Fault("rabbitmq-paused", f"RabbitMQ frozen for {AWAY} s", down("pause", "rabbitmq")),
+    Fault("rabbitmq-alarm", f"RabbitMQ blocks publishers for {AWAY} s", raise_memory_alarm),
+    Fault("redis-restarted", "Redis stopped and started", down("stop", "redis", seconds=0)),
+    Fault("redis-stopped", f"Redis stopped for {AWAY} s", down("stop", "redis")),
+    Fault("redis-killed", "Redis killed", down("kill", "redis", seconds=2)),
+    Fault("redis-paused", f"Redis frozen for {AWAY} s", down("pause", "redis")),
+    Fault("redis-full", f"Redis full for {AWAY} s", fill_redis),
+    Fault("all-restarted", "all of them stopped and started", down("stop", "worker", "rabbitmq", "redis", seconds=0)),
+    Fault("producer-killed", "producer killed, a new one fetches by id", nothing, client="queue"),
+]
+NOT_PROMISED = {("rabbitmq", "producer-killed"): "the reply queue belongs to the process that queued the tasks"}
 
-
-def master_restarted(stack: Stack) -> None:
-    """Kill the Redis master, and start it before anybody has noticed."""
-    killed(stack, stack.master())
-
-
-def master_killed(stack: Stack) -> None:
-    """Kill the Redis master; it comes back when another one is the master."""
-    killed_long(stack, stack.master())
-
-
-def master_frozen(stack: Stack) -> None:
-    """Freeze the Redis master; it wakes up when another one is the master, and does not know it."""
-    frozen(stack, stack.master())
-
-
-def master_stopped(stack: Stack) -> None:
-    """Stop the Redis master in order."""
-    stopped(stack, stack.master())
-
-
-def sentinel_lost(stack: Stack) -> None:
-    """Kill the first Sentinel and the Redis master: two Sentinels must do."""
-    killed_long(stack, SENTINELS[0], stack.master())
-
-
-def two_sides(stack: Stack) -> None:
-    """Cut the network in two: the worker with a node of each server, the client with the others."""
-    replica = next(node for node in ("redis-3", "redis-2") if node != stack.master())
-    with stack.apart("worker", NODES[2], replica, SENTINELS[2]):
-        time.sleep(AWAY)
-
-
+OWN = NODES[0]  # what client and worker are connected to
+SIDE = ("worker", NODES[2], "replica", SENTINELS[2])
 CLUSTER_FAULTS = [
     Fault("none", "nothing", nothing),
-    Fault("leader-killed", f"the leader of `tasks` killed for {AWAY} s", leader_killed),
-    Fault("node-killed", f"the client's own RabbitMQ node killed for {AWAY} s", killed_long, NODES[:1]),
-    Fault("rolling", "each RabbitMQ node stopped and started in turn", rolling),
-    Fault("leader-cut-off", f"the leader of `tasks` cut off from all others for {AWAY} s", leader_cut_off),
-    Fault("node-cut-off", f"the client's own RabbitMQ node cut off from all others for {3 * AWAY} s", node_cut_off),
-    Fault("two-killed", f"two of three RabbitMQ nodes killed for {AWAY} s", killed_long, NODES[1:]),
-    Fault("master-killed", f"the Redis master killed for {AWAY} s", master_killed),
-    Fault("master-frozen", f"the Redis master frozen for {AWAY} s", master_frozen),
-    Fault("master-stopped", f"the Redis master stopped for {AWAY} s", master_stopped),
-    Fault("master-restarted", "the Redis master killed for 2 s", master_restarted),
-    Fault("sentinel-lost", f"a Sentinel and the Redis master killed for {AWAY} s", sentinel_lost),
-    Fault("two-sides", f"the worker and a node of each server cut off from the client for {AWAY} s", two_sides),
+    Fault("leader-killed", f"the leader of `tasks` killed for {AWAY} s", down("kill", "leader")),
+    Fault("node-killed", f"the client's own RabbitMQ node killed for {AWAY} s", down("kill", OWN)),
+    Fault("rolling", "each RabbitMQ node stopped and started in turn", restart_each_node),
+    Fault("leader-cut-off", f"the leader of `tasks` cut off from all others for {AWAY} s", apart("leader")),
+    Fault(
+        "node-cut-off",  # for longer than anybody should wait for it
+        f"the client's own RabbitMQ node cut off from all others for {3 * AWAY} s",
+        apart(OWN, seconds=3 * AWAY),
+    ),
+    Fault("two-killed", f"two of three RabbitMQ nodes killed for {AWAY} s", down("kill", *NODES[1:])),
+    Fault("master-killed", f"the Redis master killed for {AWAY} s", down("kill", "master")),
+    Fault("master-frozen", f"the Redis master frozen for {AWAY} s", down("pause", "master")),
+    Fault("master-stopped", f"the Redis master stopped for {AWAY} s", down("stop", "master")),
+    Fault("master-restarted", "the Redis master killed for 2 s", down("kill", "master", seconds=2)),
+    Fault("sentinel-lost", f"a Sentinel and the Redis master killed for {AWAY} s", down("kill", "sentinel", "master")),
+    Fault("two-sides", f"the worker and a node of each server cut off from the client for {AWAY} s", apart(*SIDE)),
 ]
 
 
@@ -270,7 +208,7 @@ def try_fault(stack: Stack, fault: Fault, tasks: int) -> Row:
         client = Client(stack, "fault_client", "fetch", str(tasks), name)
     else:
         client.wait_for("sent" if fault.client == "together" else "fetched", at_least=100)
-        fault.inject(stack, *fault.what)
+        fault.inject(stack)
     report = client.wait_for("accepted")
     client.wait()
     if fault.client == "poison" and "exited prematurely" not in client.wait_for("poison", "")["poison"]:

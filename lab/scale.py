@@ -23,18 +23,8 @@ QUEUES = ("tasks", "imports", "mails")
 TASKS, WAITING, TRIPS, REPLIES, ROUNDS = 2_000, 600, 200, 300, 3
 IDLE = 10  # seconds
 OTHERS = ("redis", "redis-2", "redis-3", *SENTINELS)
-HEAD = (
-    "store",
-    "nodes",
-    "queues",
-    "led by",
-    "tasks/s, ratio",
-    "tasks/s",
-    "RabbitMQ's CPU a task",
-    "busiest node uses",
-    "worker",
-    "client",
-)
+HEAD = ["store", "nodes", "queues", "led by", "tasks/s, ratio", "tasks/s", "RabbitMQ's CPU a task"]
+HEAD += ["busiest node uses", "worker", "client"]
 CPU_NS = "cat /sys/fs/cgroup/cpuacct/cpuacct.usage 2>&- || awk '/usage_usec/ {print $2 * 1000}' /sys/fs/cgroup/cpu.stat"
 
 

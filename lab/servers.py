@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import time
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -97,18 +96,6 @@ class RabbitMQ:
             "GET", f"queues/{vhost}?disable_stats=true&enable_queue_totals=true"
         )
         return queues
-
-    def close_connections(self, vhost: str) -> int:
-        """Close every AMQP connection to the virtual host, as a failing network would, and count them."""
-        closed = 0
-        for connection in self.request("GET", f"vhosts/{vhost}/connections"):
-            try:
-                self.request("DELETE", f"connections/{quote(connection['name'])}")
-                closed += 1
-            except urllib.error.HTTPError as exc:
-                if exc.code != 404:  # 404: it is gone already
-                    raise
-        return closed
 
 
 def _redis_admin(url: str) -> redis.Redis:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,15 @@ class Stack:
         queues = json.loads(self.rabbitmqctl("list_queues", "-p", "demo", "name", "leader", "--formatter", "json"))
         return {queue["name"]: queue["leader"].partition("@")[2] for queue in queues}
 
-    def master(self) -> str:
-        """Return the Redis that Sentinel has made the master. Raises Failed."""
-        words = self._redis_cli(SENTINELS[2], "-p", "26379", "sentinel", "master", "mymaster").split()
-        return words[words.index("ip") + 1]
+    def now(self, service: str) -> str:
+        """Return who is the "leader" of the queue tasks, the Redis "master" or a "replica"; a service is itself."""
+        if service == "leader":
+            return self.leaders()["tasks"]
+        if service in ("master", "replica"):
+            words = self._redis_cli(SENTINELS[2], "-p", "26379", "sentinel", "master", "mymaster").split()
+            master = words[words.index("ip") + 1]
+            return master if service == "master" else next(node for node in ("redis-3", "redis-2") if node != master)
+        return service
 
     def up(self, workers: int = 1) -> None:
         """Bring RabbitMQ, Redis and so many workers into a good state, whatever was broken. Raises Failed."""
@@ -137,7 +143,7 @@ class Stack:
 
 
 class Client:
-    """A client of the lab in a container, and what it has said so far."""
+    """A client of the lab in a container, which prints a JSON object on each line."""
 
     def __init__(self, stack: Stack, module: str, *arguments: str) -> None:
         self.stack, self.name = stack, f"{stack.project}-client-{time.monotonic_ns()}"
@@ -148,39 +154,28 @@ class Client:
             env=stack.env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
-        self.said: list[dict[str, Any]] = []
-        self.ended = False
-        self.errors: list[str] = []
-        self.changed = threading.Condition()
-        for read in (self._read_output, self._read_errors):
-            threading.Thread(target=read, daemon=True).start()
+        self.printed: list[str] = []
 
-    def _read_output(self) -> None:
+    def _read(self) -> Iterator[str]:
         for line in self.process.stdout or ():
-            with self.changed:
-                self.said.append(json.loads(line) if line.startswith("{") else {"output": line})
-                self.changed.notify_all()
-        with self.changed:
-            self.ended = True
-            self.changed.notify_all()
+            self.printed.append(line)
+            yield line
 
-    def _read_errors(self) -> None:
-        self.errors.extend(self.process.stderr or ())
-
-    def wait_for(self, key: str, at_least: Any = 0, timeout: float = TIMEOUT) -> dict[str, Any]:
-        """Return the first line with a key whose value is so high. Raises Failed after timeout seconds."""
-        deadline = time.monotonic() + timeout
-        with self.changed:
-            while True:
-                for line in self.said:
-                    if key in line and line[key] >= at_least:
-                        return line
-                if self.ended or time.monotonic() > deadline:
-                    raise Failed(f"the client does not say {key!r}: {''.join(self.errors)[-1000:]}")
-                self.changed.wait(1)
+    def wait_for(self, key: str, at_least: Any = 0) -> dict[str, Any]:
+        """Return the first line with a key whose value is so high. Raises Failed, after TIMEOUT at the latest."""
+        give_up = threading.Timer(TIMEOUT, self.process.kill)
+        give_up.start()
+        try:
+            for line in chain(tuple(self.printed), self._read()):
+                said: dict[str, Any] = json.loads(line) if line.startswith("{") else {}
+                if key in said and said[key] >= at_least:
+                    return said
+        finally:
+            give_up.cancel()
+        raise Failed(f"the client does not say {key!r}: {''.join(self.printed)[-1000:]}")
 
     def go(self) -> None:
         """Let it go on, if it waits for that."""
