@@ -51,6 +51,10 @@ broker_transport_options = {
     **_attempts,
 }
 
+# A worker tries to reach RabbitMQ for as long as it is away. Celery's own ends after 100 attempts.
+# both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-connection-max-retries
+broker_connection_max_retries = None
+
 # As many threads or greenlets of a process can queue at once; the next one waits. A connection is opened when it is
 # needed. Celery's default of 10 would make the 20 seconds above 40 for the eleventh while RabbitMQ is away.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-pool-limit

@@ -79,9 +79,9 @@ def rabbitmq_channel(url: str) -> Iterator[Any]:
             yield connection.channel()
     except pika.exceptions.ProbableAuthenticationError:
         raise Refused(
-            f"{server} refuses the user {user!r} or its password. Check RABBITMQ_URL and RABBITMQ_PASSWORD. A password "
-            'changed after the first start is not taken over: docker compose --profile "*" down -v starts with an '
-            "empty volume."
+            f"{server} refuses the user {user!r} or its password. Check RABBITMQ_URL and RABBITMQ_PASSWORD. RabbitMQ "
+            f"keeps the password of its first start: docker compose exec rabbitmq rabbitmqctl change_password {user} "
+            "changes it."
         ) from None
     except pika.exceptions.ProbableAccessDeniedError:
         raise Refused(

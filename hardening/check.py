@@ -134,7 +134,7 @@ def main() -> int:
     try:
         clashes = report(app, more, old, options.old_broker)
     except (OperationalError, amqp.AMQPError, OSError) as exc:
-        print(f"check: a broker cannot be asked: {exc}", file=sys.stderr)
+        print(f"check: a broker cannot be asked: {exc}. Does it run, and is its URL right?", file=sys.stderr)
         return 2
     return 1 if clashes else 0
 

@@ -66,6 +66,7 @@ HEADERS = {
     "x-delivery-count": int | None,
 }
 NUMBER = (int, float, type(None))
+ADDRESS = ("reply_to", "correlation_id")
 END_TIMEOUT = 5.0  # seconds
 
 
@@ -287,11 +288,13 @@ class Consumer(consumer.Consumer):
         queue = queue_of(self, message)
         self.moves.move(message, dead_letter_queue(self.app), why_dead(queue.name if queue else "", reason))
 
-    def fail(self, message: Any, exc: Exception) -> None:
-        """Tell the client, which waits for the result, once the store is there."""
-        headers, properties = message.headers, message.properties
-        options = {name: message.payload[2].get(name) for name in ("chord", "chain", "errbacks")}
-        address = {name: properties.get(name) for name in ("reply_to", "correlation_id")}
+    def fail(self, message: Any, exc: Exception, is_task: bool = True) -> None:
+        """Tell the client, which waits for the result, once the store is there. Of what is no task, only ids count."""
+        headers, address = message.headers, {name: message.properties.get(name) for name in ADDRESS}
+        if is_task:
+            options = {name: message.payload[2].get(name) for name in ("chord", "chain", "errbacks")}
+        else:
+            headers, options = {name: headers[name] for name in ("id", "task")}, {}
         request = Context({**headers, **options}, **address)
         store = not headers.get("ignore_result")
         storing.do_until_done(
@@ -299,16 +302,25 @@ class Consumer(consumer.Consumer):
             store_errors(self),
         )
 
-    def refuse(self, message: Any, reason: object) -> None:
-        """Log one line and put the message into the dead-letter queue."""
-        task_id, reason = (message.headers or {}).get("id"), str(reason).strip().partition("\n")[0]
-        logger.error("Refused a message that is no task of this app, id %.100r: %.300s", task_id, reason)
+    def refuse(self, message: Any, reason: object, failure: Exception | None = None) -> None:
+        """Log one line, put the message into the dead-letter queue, and tell the client, if it can be told from it."""
+        headers = message.headers or {}
+        ids, reason = [headers.get("id"), headers.get("task")], str(reason).strip().partition("\n")[0]
+        logger.error("Refused a message that is no task of this app, id %.100r: %.300s", ids[0], reason)
         if not message.acknowledged:
             self.bury(message, f"refused: {reason:.300}")
+        if failure:
+            self.fail(message, failure)
+        elif all(isinstance(word, str) and word and word.isprintable() for word in ids):
+            kept = f"refused: {reason:.300}. It is in the queue {dead_letter_queue(self.app).name}."
+            self.fail(message, InvalidTaskError(kept), is_task=False)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        """Refuse what cannot be decompressed."""
-        self.refuse(message, exc)
+        """Refuse what cannot be decoded. A command of celery control is not acknowledged: it gets a line alone."""
+        if message.delivery_info.get("exchange") == self.app.control.mailbox.exchange.name:
+            logger.error("Refused a command: %.300s", exc)
+        else:
+            self.refuse(message, exc)
 
     def on_invalid_task(self, body: object, message: Any, exc: Exception) -> None:
         """Refuse what Celery finds, such as a date that is none."""
@@ -316,5 +328,4 @@ class Consumer(consumer.Consumer):
 
     def on_unknown_task(self, body: object, message: Any, exc: Exception) -> None:
         """Refuse a task that this worker does not know."""
-        self.refuse(message, f"no task is called {exc}")
-        self.fail(message, NotRegistered(message.headers["task"]))
+        self.refuse(message, f"no task is called {exc}", NotRegistered(message.headers["task"]))

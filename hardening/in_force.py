@@ -2,7 +2,8 @@
 
 What Celery lacks: app.conf.update() after celeryconfig.py silently wins over it, and a settings object (Django's, a
 dictionary) that says the same silently loses.
-What this does: names both kinds of settings, without their values. URLs are shown without their passwords.
+What this does: names both kinds of settings, without their values, and a serializer that nobody accepts. URLs are
+shown without their passwords.
 To go back: leave out worker_consumer. For Celery 5.7.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 from celery import Celery
 from celery.app.defaults import SETTING_KEYS
 from celery.utils.log import get_logger
+from kombu.serialization import prepare_accept_content
 from kombu.utils.url import maybe_sanitize_url
 
 from . import environment
@@ -37,10 +39,17 @@ def line(app: Celery) -> str:
 
 
 def differences(app: Celery) -> dict[str, set[str]]:
-    """Return the names of settings that win over celeryconfig.py, and of those that lose against it."""
+    """Return the names of settings that win over celeryconfig.py, of those that lose against it, and that clash."""
     file = {name: value for name, value in environment.file.items() if name in SETTING_KEYS}
     if not file:
         return {"without": {"celeryconfig.py"}}
+    accepted = {"task_serializer": app.conf.accept_content}
+    accepted["result_serializer"] = app.conf.result_accept_content or app.conf.accept_content
+    refused = {
+        name
+        for name, content in accepted.items()
+        if not set(prepare_accept_content([app.conf[name]]) or ()) <= set(prepare_accept_content(content) or ())
+    }
     changed = {name for name, value in file.items() if getattr(app.conf, name) != value}
     lost = {
         found
@@ -49,7 +58,11 @@ def differences(app: Celery) -> dict[str, set[str]]:
         for found, other in _set_in(app, name)
         if other != value
     }
-    return {"not as in celeryconfig.py": changed, "without effect, for celeryconfig.py wins": lost}
+    return {
+        "not as in celeryconfig.py": changed,
+        "without effect, for celeryconfig.py wins": lost,
+        "not in accept_content, so that messages are refused": refused,
+    }
 
 
 def _set_in(app: Celery, name: str) -> Iterator[tuple[str, Any]]:

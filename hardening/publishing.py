@@ -23,7 +23,7 @@ from typing import Any
 
 from amqp import spec
 from amqp.abstract_channel import AbstractChannel
-from amqp.exceptions import MessageNacked, RecoverableConnectionError
+from amqp.exceptions import MessageNacked, NotFound, RecoverableConnectionError
 from celery import Celery
 from celery.signals import after_task_publish, before_task_publish
 from kombu import Connection, Queue
@@ -44,6 +44,7 @@ LIMIT = 20.0  # seconds that a call may take while RabbitMQ does not do its part
 CLOSE_LIMIT = 2.0  # seconds; nobody needs this answer
 SLICE = 1.0  # seconds after which to look whether another greenlet has read the answer
 REFUSED_PAUSE = 0.5  # seconds until a refused message is sent again
+DECLARE_PAUSE = 0.1  # seconds until a queue that another connection is making is declared again
 
 _until: ContextVar[float] = ContextVar("_until", default=0.0)  # when the call that publishes a task must end
 
@@ -160,6 +161,19 @@ class Channel(pyamqp.Channel):
         self._published = 0
         self._unconfirmed.clear()
         super().open()
+
+    def queue_declare(self, queue: str = "", passive: bool = False, *args: Any, **kwargs: Any) -> Any:
+        """Declare a queue. Raises RecoverableConnectionError, after which kombu tries again, and what py-amqp does.
+
+        While another connection is just making the same queue, RabbitMQ says that the queue's node is down.
+        """
+        try:
+            return super().queue_declare(queue, passive, *args, **kwargs)
+        except NotFound as exc:
+            if passive:
+                raise
+            time.sleep(DECLARE_PAUSE)
+            raise RecoverableConnectionError(exc.reply_text) from exc
 
     def prepare_message(self, *args: Any, **kwargs: Any) -> Any:
         """Leave out the expiration of a task: RabbitMQ would drop it, and the worker looks at its header anyway."""

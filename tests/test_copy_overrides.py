@@ -92,6 +92,18 @@ def test_no_password_of_a_sentinel_is_shown(tmp_path: Path) -> None:
     assert "results in sentinel://" in line
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("task_serializer='pickle'", "task_serializer"),
+        ("result_accept_content=['yaml'], task_serializer='application/json'", "result_serializer"),
+    ],
+)
+def test_a_serializer_that_nobody_accepts_is_named(tmp_path: Path, change: str, named: str) -> None:
+    line = _line(tmp_path, f"{FILE}\napp.conf.update({change})")
+    assert line.endswith(f"; not in accept_content, so that messages are refused: {named}.")
+
+
 def test_settings_of_another_file_are_named(tmp_path: Path) -> None:
     assert _line(tmp_path, OTHER_FILE).endswith("; without: celeryconfig.py.")
 

@@ -10,12 +10,12 @@ import pytest
 
 from lab.servers import Worker, as_admin, run, wait_until
 from tests.conftest import Stack, copy_settings
-from tests.pages import COPY_IT, program, write
+from tests.pages import program, write
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The plain project of the page."""
+    """The plain project of README.md."""
     folder = tmp_path / "plain"
     folder.mkdir()
     copy_settings(folder)
@@ -34,12 +34,6 @@ def _client(project: Path, env: dict[str, str], code: str) -> list[str]:
 
 
 DOUBLE = "from jobs import double; print(double.delay(21).get(timeout=30))"
-
-
-def test_the_plain_project(stack: Stack, project: Path) -> None:
-    assert f'$ python -c "{DOUBLE.replace("30", "10")}"\n42\n' in COPY_IT
-    with Worker(stack.logs / "plain.log", cwd=project, app="jobs", env=stack.env):
-        assert _client(project, stack.env, DOUBLE) == ["42"]
 
 
 def test_tests_need_no_server(project: Path) -> None:

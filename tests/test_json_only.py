@@ -17,7 +17,7 @@ from typing import Any
 
 import pika
 import pytest
-from celery.exceptions import NotRegistered
+from celery.exceptions import InvalidTaskError, NotRegistered
 from celery.exceptions import TimeoutError as ResultTimeout
 
 import witness
@@ -116,6 +116,25 @@ def test_pickle_is_refused(tasks: ModuleType, shared_stack: Stack, tmp_path: Pat
     wait_until(lambda: refused in (shared_stack.logs / "shared.log").read_text(), "refused")
     assert tasks.add.delay(1, 2).get(timeout=20) == 3
     assert not (tmp_path / "trace").exists()
+
+
+def test_the_client_of_a_task_that_is_no_json_is_told(tasks: ModuleType) -> None:
+    result = tasks.add.apply_async((1, 2), serializer="pickle")
+    with pytest.raises(
+        InvalidTaskError, match=r"^refused: Refusing to deserialize .* It is in the queue tasks\.dead\.$"
+    ):
+        result.get(timeout=20)
+
+
+def test_a_command_that_is_no_json_is_refused_and_the_next_one_answered(rabbitmq_stack: Stack) -> None:
+    control: Any = rabbitmq_stack.load("tasks").app.control
+    with Worker(rabbitmq_stack.logs / "w.log", env=rabbitmq_stack.env) as worker:
+        for serializer in ("pickle", "json"):
+            control.mailbox.serializer = serializer
+            replies = control.ping(timeout=20, limit=1) if serializer == "json" else control.broadcast("ping")
+        assert [list(reply.values()) for reply in replies] == [[{"ok": "pong"}]]
+        assert worker.says("Refused a command: Refusing to deserialize")
+    assert "tasks.dead" not in [queue["name"] for queue in rabbitmq_stack.rabbitmq.queues(rabbitmq_stack.vhost)]
 
 
 def test_the_client_of_an_unknown_task_is_told(tasks: ModuleType, shared_stack: Stack) -> None:

@@ -142,6 +142,7 @@ def _plain_project_works(stack: Stack, folder: Path, change: str = "") -> None:
     alone = {**stack.env, "PYTHONPATH": ""}
     with Worker(folder / "jobs.log", cwd=folder, app="jobs", env=alone):
         client = "from jobs import double; print(double.delay(21).get(timeout=10))"
+        assert f'$ python -c "{client}"\n42\n' in README
         done = run(sys.executable, "-c", client, cwd=folder, env=alone)
         assert (done.stdout, done.returncode) == ("42\n", 0), done.stderr
 

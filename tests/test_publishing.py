@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import sys
 import threading
 import time
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 from celery import chord, group, uuid
 from celery.exceptions import TaskRevokedError
+from kombu.common import maybe_declare
 from kombu.exceptions import OperationalError
 
 from hardening import publishing
+from hardening.delays import delay_queue
 from hardening.publishing import NotPlaced, together
 from lab.servers import Worker, run
 from tests.conftest import Stack
@@ -80,6 +83,25 @@ def test_a_chord_ends_too(redis_stack: Stack, short_limit: None) -> None:
         mq.freeze()
         with pytest.raises(OperationalError):
             chord([tasks.add.s(1, 1)], tasks.total.s())()
+
+
+@pytest.mark.slow
+def test_several_connections_may_make_the_same_queue_at_once(rabbitmq_stack: Stack) -> None:
+    """About one time in two thousand RabbitMQ says, of one that another connection is making, that its node is down."""
+    app: Any = rabbitmq_stack.load("tasks").app
+    connections, rounds = 6, 1_000
+    together_now = threading.Barrier(connections, timeout=30)
+
+    def declare(number: int) -> None:
+        with app.connection_for_write() as connection:
+            queues = [delay_queue(f"queue-{each}", 0.5) for each in range(rounds)]
+            for queue in queues:
+                together_now.wait()
+                time.sleep(random.random() / 250)
+                maybe_declare(queue(connection.default_channel), retry=True, **app.conf.task_publish_retry_policy)
+
+    with ThreadPoolExecutor(connections) as threads:
+        list(threads.map(declare, range(connections)))
 
 
 @pytest.mark.parametrize("connected", [False, True])

@@ -15,7 +15,7 @@ import pika.exceptions
 import pytest
 import redis
 from celery import chord
-from celery.exceptions import NotRegistered
+from celery.exceptions import InvalidTaskError, NotRegistered
 from celery.exceptions import TimeoutError as ResultTimeout
 from kombu.exceptions import OperationalError
 
@@ -317,6 +317,11 @@ def test_redis_without_a_password(redis_stack: Stack, tmp_path: Path) -> None:
         result_backend_transport_options=once,
     )
     assert quoted("HELLO") in _output(CLIENT, tmp_path)
+    wrong = parts._replace(netloc=f"{parts.username}:wrong@{parts.netloc.rpartition('@')[2]}").geturl()
+    _write_jobs(
+        tmp_path, broker_url=redis_stack.broker_url, result_backend=wrong, result_backend_transport_options=once
+    )
+    assert quoted("invalid username-password pair") in _output(CLIENT, tmp_path)
 
 
 def test_the_store_is_away(stack: Stack) -> None:
@@ -343,6 +348,10 @@ def test_a_task_that_the_worker_does_not_know(redis_stack: Stack) -> None:
             app.send_task("nosuch").get(timeout=60)
         assert f"{caught.type.__module__}.{caught.type.__name__}: {caught.value}".startswith(quoted("NotRegistered"))
         assert worker.says(quoted("Refused a message"))
+        with pytest.raises(InvalidTaskError) as refused:
+            app.send_task("tasks.add", (1, 2), serializer="pickle").get(timeout=60)
+        text = f"{refused.type.__module__}.{refused.type.__name__}: {refused.value}"
+        assert text.startswith(quoted("InvalidTaskError"))
 
 
 # --- PENDING for ever; with rabbitmq there are more causes: see lab/behaviours.py -------------------------
