@@ -119,7 +119,8 @@ def _results(stack: Stack, ids: list[str], prefix: str = "") -> list[str]:
         return [key for key in ids if client.exists(f"{prefix}celery-task-meta-{key}")]
 
 
-@pytest.mark.parametrize("old_results", ["redis", pytest.param("rpc://", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("old_results", ["redis", "rpc://"])
 def test_from_stock_settings(redis_stack: Stack, tmp_path: Path, old_results: str) -> None:
     """Waiting tasks, named queues, unread results, clients and workers of both kinds side by side."""
     old_url = redis_stack.redis_url if old_results == "redis" else old_results

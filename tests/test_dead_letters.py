@@ -68,6 +68,7 @@ def test_a_task_that_rejects_itself_is_kept_and_can_be_sent_back(
         assert dead_letters(env, "list").stdout == "The queue tasks.dead is empty.\n"
 
 
+@pytest.mark.slow
 def test_a_task_that_kills_its_worker_ends(stack: Stack, env: dict[str, str]) -> None:
     """Each worker is gone at once, and the next one gets the task. No argument is shown."""
     app: Any = stack.load("tasks").app

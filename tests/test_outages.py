@@ -286,18 +286,18 @@ def test_in_a_cluster_the_reply_queue_survives_its_node(rabbitmq_stack: Stack) -
 
 
 @pytest.mark.parametrize("method", ["gzip", "bzip2", "lzma"])
-def test_what_inflates_to_gigabytes_is_refused(stack: Stack, method: str) -> None:
+def test_what_inflates_to_gigabytes_is_refused(redis_stack: Stack, method: str) -> None:
     """kombu inflates before anything is checked: 200 kB took the worker to as much memory as they hold."""
-    tasks = stack.load("tasks")
+    tasks = redis_stack.load("tasks")
     body, kind = compression.compress(b"\0" * (200 << 20), method)
-    with Worker(stack.logs / "w.log", env=stack.env) as worker:
+    with Worker(redis_stack.logs / "w.log", env=redis_stack.env) as worker:
         assert tasks.add.delay(1, 1).get(timeout=30) == 2
         properties = pika.BasicProperties(
             content_type="application/json",
             content_encoding="utf-8",
             headers={"compression": kind, "task": "tasks.add", "id": "a-bomb", "lang": "py"},
         )
-        with witness.rabbitmq_channel(stack.broker_url) as channel:
+        with witness.rabbitmq_channel(redis_stack.broker_url) as channel:
             channel.basic_publish("", "tasks", body, properties)
         wait_until(lambda: worker.says("Refused a message"), "refused")
         assert tasks.add.delay(2, 2).get(timeout=30) == 4
