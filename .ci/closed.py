@@ -243,6 +243,11 @@ def default() -> None:
     kept = compose("exec", "-T", "redis", "sh", "-c", f"{redis_cli} mget celery-demo:a celery-demo:b").split()
     assert kept == ["1", "2"], kept
     say("Redis: a transaction is still there after a restart")
+    os.environ["RESULT_STORE"] = "memcached"
+    compose("up", "--detach")
+    assert producer_exit_code() == 1
+    assert "RESULT_STORE is 'memcached', but it must be" in compose("logs", "--no-color", "producer")
+    say("an unknown RESULT_STORE: the producer says so")
 
 
 def env() -> None:
