@@ -114,6 +114,10 @@ def on_open(connection: Any) -> None:
     connection.on_unblocked = partial(setattr, connection, "blocked", None)
 
 
+for each in (on_open, within_limit):  # both stand in settings, which a worker sends to celery inspect, as JSON
+    vars(each)["__json__"] = partial(str, f"{each.__module__}.{each.__name__}")
+
+
 def _patience(connection: Any) -> float:
     """Return the seconds to wait for an answer: what is left of the call, and of a cluster's each server its share."""
     left = _until.get() - time.monotonic()

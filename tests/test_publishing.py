@@ -169,8 +169,11 @@ def test_the_next_server_is_tried_when_one_is_frozen(stack: Stack, mq: Proxy) ->
 
 def test_settings_can_be_shown_pickled_and_sent(shared_stack: Stack) -> None:
     tasks = shared_stack.load("tasks")
-    for conf in tasks.app.control.inspect(timeout=30, limit=1).conf().values():
+    inspect = tasks.app.control.inspect(timeout=30, limit=1)
+    for conf in inspect.conf().values():
         assert "within_limit" in str(conf["task_publish_retry_policy"])
+    for stats in inspect.stats().values():
+        assert "on_open" in str(stats["broker"]["transport_options"])
     with pickle.loads(pickle.dumps(tasks.app.connection_for_write())) as connection:
         assert type(connection.default_channel) is publishing.Channel
     assert pickle.loads(pickle.dumps(tasks.app)).conf.broker_transport_options["on_open"] is publishing.on_open
