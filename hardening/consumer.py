@@ -222,6 +222,11 @@ class Consumer(consumer.Consumer):
                 logger.warning(line)
         super().on_ready()
 
+    def add_task_queue(self, *args: Any, **options: Any) -> None:
+        """Consume from one more queue, of the kind that -Q makes: Celery makes it classic, and clients are refused."""
+        arguments = {"x-queue-type": self.app.conf.task_create_missing_queue_type}
+        super().add_task_queue(*args, **{"queue_arguments": arguments, **options})
+
     def call_soon_ack(self, p: Any, *args: Any, **kwargs: Any) -> Any:
         """Acknowledge at once when the event loop, which does it otherwise, has ended."""
         if self.hub and self.blueprint.state != bootsteps.RUN:

@@ -104,9 +104,15 @@ def test_nothing_of_an_ignored_result_is_stored(tasks: ModuleType, shared_stack:
     _in_new_thread(look)
 
 
-def test_task_messages_wait_in_a_quorum_queue(shared_stack: Stack) -> None:
-    queue = {queue["name"]: queue for queue in shared_stack.rabbitmq.queues(shared_stack.vhost)}["tasks"]
-    assert queue["type"] == "quorum"
+def test_task_messages_wait_in_a_quorum_queue(tasks: ModuleType, shared_stack: Stack) -> None:
+    def types() -> dict[str, str]:
+        return {queue["name"]: queue["type"] for queue in shared_stack.rabbitmq.queues(shared_stack.vhost)}
+
+    assert types()["tasks"] == "quorum"
+    tasks.app.control.add_consumer("one_more", reply=True, timeout=30, limit=1)
+    assert tasks.add.apply_async((1, 2), queue="one_more").get(timeout=30) == 3
+    tasks.app.control.cancel_consumer("one_more", reply=True, timeout=30, limit=1)
+    assert types()["one_more"] == "quorum"
 
 
 def test_no_early_result_is_dropped_however_many_there_are(tasks: ModuleType, shared_stack: Stack) -> None:
