@@ -200,10 +200,10 @@ class ReplyConsumer(OneReader, rpc.ResultConsumer):
         """
         end = time.monotonic() + wait
         with self._turn:
-            if self._reading:  # another thread takes it in
+            if self._is_read():  # another thread takes it in
                 self._turn.wait_for(lambda: not self._awaited, wait)
                 return
-            self._reading = True
+            outer, self._reader = self._reader, threading.get_ident()
         try:
             self._connect()
             while self._read(max(end - time.monotonic(), 0.0) if self._awaited else 0.0):
@@ -211,7 +211,7 @@ class ReplyConsumer(OneReader, rpc.ResultConsumer):
         except self._connection_errors as exc:
             raise OperationalError(f"RabbitMQ is away: {exc}") from exc
         finally:
-            self._end_reading()
+            self._end_reading(outer)
 
     def begin(self, wait: Wait) -> None:
         """Tell on_message first where its task is."""

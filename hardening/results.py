@@ -18,6 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from threading import get_ident
 from typing import Any
 
 import kombu.pools
@@ -276,7 +277,7 @@ class OneReader(BaseResultConsumer):
         super().__init__(*args)
         self._waits: list[Wait] = []
         self._turn = threading.Condition()
-        self._reading = False
+        self._reader: int | None = None  # the thread that reads
 
     def begin(self, wait: Wait) -> None:
         """Note what is known when a get() begins; no state is handed out meanwhile."""
@@ -327,10 +328,10 @@ class OneReader(BaseResultConsumer):
         """Read for all that wait, or wait as long as another thread does, at most timeout seconds."""
         end = time.monotonic() + (self.interval if timeout is None else timeout)
         with self._turn:
-            self._turn.wait_for(lambda: not self._reading or (wait and wait.has_news()), end - time.monotonic())
-            if self._reading or (wait and wait.has_news()):
+            self._turn.wait_for(lambda: not self._is_read() or (wait and wait.has_news()), end - time.monotonic())
+            if self._is_read() or (wait and wait.has_news()):
                 return
-            self._reading = True
+            outer, self._reader = self._reader, get_ident()
         try:
             self.read(max(end - time.monotonic(), 0.0))
         except Exception:
@@ -339,11 +340,15 @@ class OneReader(BaseResultConsumer):
             _logger.exception("Results cannot be read.")  # the greenlet that reads for others must not end
             time.sleep(self.interval)
         finally:
-            self._end_reading()
+            self._end_reading(outer)
 
-    def _end_reading(self) -> None:
+    def _is_read(self) -> bool:
+        """Tell whether another thread reads. A get() inside a then() is in the thread that reads already."""
+        return self._reader not in (None, get_ident())
+
+    def _end_reading(self, outer: int | None) -> None:
         with self._turn:
-            self._reading = False
+            self._reader = outer
             self._turn.notify_all()
 
     def on_state_change(self, meta: dict[str, Any], message: Any = None, snapshot: bool = False) -> None:

@@ -100,6 +100,15 @@ def test_a_result_is_read_from_another_thread(tasks: ModuleType) -> None:
     assert _in_threads(1, lambda task_id: AsyncResult(task_id, app=tasks.app).get(timeout=30), [result.id]) == [3]
 
 
+def test_what_waits_for_a_result_queues_and_fetches(tasks: ModuleType) -> None:
+    """It is called by the thread that reads, which waited for itself."""
+    fetched: list[int] = []
+    first = tasks.add.delay(1, 1)
+    first.then(lambda result: fetched.append(tasks.add.delay(result.result, 1).get(timeout=10)))
+    assert first.get(timeout=30) == 2
+    assert fetched == [3]
+
+
 def test_time_outs_hold_in_every_thread(stack: Stack) -> None:
     tasks = stack.load("tasks")  # and no worker
     results = [tasks.add.delay(1, number) for number in range(12)]
