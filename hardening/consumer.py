@@ -166,13 +166,16 @@ class ResultsFirst(bootsteps.StartStopStep):
         """Handle all that the pool processes have sent: that it took a task, and that the task has ended, for each."""
         pool: Any = getattr(consumer.pool, "_pool", None)
         for fileno in list(getattr(pool, "_fileno_to_outq", ())):
-            for _ in range(2 * len(pool._cache)):
-                half_read = isgenerator(hub.readers.get(fileno, (None,))[0])  # the loop reads the rest
-                poll = select.poll()
-                poll.register(fileno, select.POLLIN)
-                if half_read or not poll.poll(0):
+            poll = select.poll()
+            poll.register(fileno, select.POLLIN)
+            while pool._cache and (reader := hub.readers.get(fileno)):
+                half_read = isgenerator(reader[0])  # a long traceback, for one, which its process goes on to write
+                if not poll.poll(1000 if half_read else 0):
                     break
-                pool.handle_result_event(fileno)
+                if half_read:
+                    next(reader[0], None)
+                else:
+                    pool.handle_result_event(fileno)
 
 
 class Consumer(consumer.Consumer):

@@ -24,14 +24,15 @@ from typing import Any
 from amqp import spec
 from amqp.abstract_channel import AbstractChannel
 from amqp.exceptions import MessageNacked, NotFound, RecoverableConnectionError
-from celery import Celery
-from celery.signals import after_task_publish, before_task_publish
+from celery import Celery, current_app
+from celery.app import amqp as _celerys_amqp
 from kombu import Connection, Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp
 from vine import ensure_promise
 
 from .delays import Declared, delay_queue, seconds_left
+from .results import present_task, time_left, wait_for
 
 # kombu looks for this package whenever it makes a connection, under a lock of the import: a process that is forked
 # meanwhile by another thread would wait for it for ever. So look once.
@@ -46,40 +47,46 @@ SLICE = 1.0  # seconds after which to look whether another greenlet has read the
 REFUSED_PAUSE = 0.5  # seconds until a refused message is sent again
 DECLARE_PAUSE = 0.1  # seconds until a queue that another connection is making is declared again
 
+# A worker sends what follows a task that has ended: its links, the rest of its chain.
+_at_its_end: ContextVar[bool] = vars(_celerys_amqp)["_callback_publish_retry"]
 _until: ContextVar[float] = ContextVar("_until", default=0.0)  # when the call that publishes a task must end
 
 
 # --- One bound for each call ------------------------------------------------------------------------------
 
 
-def bounded_policy(app: Celery) -> dict[str, Any]:
-    """Begin the time limit of a call, and return the app's retry policy, which ends with it."""
-    policy = dict(app.conf.task_publish_retry_policy)
-    _begin(policy)
-    return policy
-
-
 def within_limit(exc: Exception, interval: float) -> None:
-    """Be the retry policy's errback, which kombu calls before each new attempt. Raises OperationalError.
+    """Be the retry policy's errback, which kombu calls before each new attempt. Raises OperationalError or NotStored.
 
     The connections of a pool share it, and keep it: so it belongs to no call, and looks up its own call's limit.
     """
     if 0 < _until.get() <= time.monotonic():
-        _until.set(0.0)
+        if _at_its_end.get():
+            wait_for("RabbitMQ", current_app, exc)
         raise OperationalError(f"RabbitMQ has not taken the task within {LIMIT:.0f} s: {exc or repr(exc)}") from exc
     if isinstance(exc, MessageNacked):
         time.sleep(REFUSED_PAUSE)
 
 
-@before_task_publish.connect
-def _begin(retry_policy: dict[str, Any] | None = None, **_: Any) -> None:
-    """Celery gives each call a copy of its policy. Other apps in the process have policies of their own."""
-    _until.set(time.monotonic() + LIMIT if (retry_policy or {}).get("errback") is within_limit else 0.0)
+_celerys_send_task = Celery.send_task
 
 
-@after_task_publish.connect
-def _end(**_: Any) -> None:
-    _until.set(0.0)
+def _send_task(app: Any, *args: Any, **kwargs: Any) -> Any:
+    """Begin the limit of a call, and end it with the call. Other apps in the process have policies of their own.
+
+    What a task has sent when it ends, its links and the rest of its chain, has the task's own time: then it runs again.
+    """
+    until = 0.0
+    if app.conf.task_publish_retry_policy.get("errback") is within_limit:
+        until = time.monotonic() + (time_left(app) if _at_its_end.get() and present_task(app) else LIMIT)
+    token = _until.set(until)
+    try:
+        return _celerys_send_task(app, *args, **kwargs)
+    finally:
+        _until.reset(token)
+
+
+setattr(Celery, "send_task", _send_task)  # noqa: B010
 
 
 @contextmanager
@@ -128,7 +135,10 @@ def _give_up(connection: Any, seconds: float) -> None:
     """Leave a connection whose server does not answer. Raises RecoverableConnectionError: kombu connects anew."""
     reason = f" ({connection.blocked})" if connection.blocked else ""
     connection.collect()
-    raise RecoverableConnectionError(f"RabbitMQ has not answered for {seconds:.0f} s{reason}")
+    error = RecoverableConnectionError(f"RabbitMQ has not answered for {seconds:.0f} s{reason}")
+    if _at_its_end.get():  # Celery tries again, and there may be no time to connect
+        within_limit(error, 0)
+    raise error
 
 
 def _wait(

@@ -22,7 +22,7 @@ from kombu.common import maybe_declare
 from kombu.exceptions import LimitExceeded, OperationalError
 from kombu.serialization import loads
 
-from .publishing import answers_within, bounded_policy
+from .publishing import answers_within
 from .results import OneBackend, OneReader, Wait, celery_state, present_task, time_left, wait_for
 
 _logger = logging.getLogger(__name__)
@@ -307,7 +307,6 @@ class ReplyQueueBackend(OneBackend, rpc.RPCBackend):
         After a second it may be gone, with result_expires or RabbitMQ's data; declaring it also renews result_expires.
         In a task Celery declares nothing: the answers to what a task queues go to nobody, as a rule.
         """
-        policy = bounded_policy(self.app)  # the limit of the call, also for the publish that follows
         if celery_state.task_join_will_block():
             return
         local = self.app._local
@@ -317,7 +316,7 @@ class ReplyQueueBackend(OneBackend, rpc.RPCBackend):
         connection, now = producer.channel.connection, time.monotonic()
         if connection is not self._declared[0] or now - self._declared[1] > 1:
             for queue in self.queues():
-                maybe_declare(queue(producer.channel), retry=True, **policy)
+                maybe_declare(queue(producer.channel), retry=True, **self.app.conf.task_publish_retry_policy)
             self._declared = (producer.channel.connection, now)
 
     def store_result(

@@ -86,7 +86,7 @@ def time_left(app: Any) -> float:
     hard, soft = request.timelimit or (None, None)
     ran = time.monotonic() - getattr(request, "began", time.monotonic())
     limits = [limit for limit in (hard or task.time_limit, soft or task.soft_time_limit) if limit and limit > ran]
-    return max(min((limit - min(2.0, limit / 5) - ran for limit in limits), default=math.inf), 0.0)
+    return max(min((limit - min(5.0, limit / 5) - ran for limit in limits), default=math.inf), 0.0)
 
 
 def wait_for(store: str, app: Any, error: BaseException) -> None:

@@ -6,6 +6,7 @@ import logging
 import pickle
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,9 +42,9 @@ def soft_limited(seconds):
     return seconds
 
 @app.task
-def fail_late(seconds):
+def fail_late(seconds, more=0):
     time.sleep(seconds)
-    raise ZeroDivisionError("the task's own error")
+    raise ZeroDivisionError("the task's own error" + more * ".")
 """
 
 
@@ -77,6 +78,35 @@ def test_an_outage_longer_than_the_time_limit_costs_no_value(stack: Stack, tmp_p
         proxy.restore()
         assert result.get(timeout=100) == 1
         assert tasks.add.delay(2, 2).get(timeout=30) == 4
+        assert not worker.says("TimeLimitExceeded")
+
+
+def test_a_time_limit_counts_no_wait_for_rabbitmq(redis_stack: Stack, tmp_path: Path) -> None:
+    """It counted the next task of a chain that could not be sent, and the time without a connection if a failure was
+    too long for the pipe to the main process.
+    """
+    with (
+        Proxy(redis_stack.broker_url) as mq,
+        _worker(replace(redis_stack, broker_url=mq.url()), tmp_path, "-c", "1") as worker,
+    ):
+        tasks = redis_stack.load("tasks")
+        signature = partial(tasks.app.signature, time_limit=2)
+        chain = signature("more_tasks.limited", (0.5,)) | tasks.add.s(1)
+        assert chain().get(timeout=30) == 1.5  # its process is connected from here on
+        sent = chain()
+        wait_until(lambda: worker.says(sent.parent.id), "task received")
+        mq.freeze()
+        time.sleep(3)
+        mq.thaw()
+        assert sent.get(timeout=60) == 1.5
+        fails = signature("more_tasks.fail_late", (0.5, 200_000)).delay()
+        wait_until(lambda: worker.says(fails.id), "task received", timeout=30)
+        mq.cut()
+        time.sleep(3)
+        mq.restore()
+        wait_until(lambda: worker.log.read_text().count(f"{fails.id}] raised") == 2, "it ran again")
+        with pytest.raises(ZeroDivisionError):
+            fails.get(timeout=30)
         assert not worker.says("TimeLimitExceeded")
 
 

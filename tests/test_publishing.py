@@ -18,7 +18,7 @@ import pytest
 from celery import chord, group, uuid
 from celery.exceptions import TaskRevokedError
 from kombu.common import maybe_declare
-from kombu.exceptions import OperationalError
+from kombu.exceptions import EncodeError, OperationalError
 
 from hardening import publishing
 from hardening.delays import delay_queue
@@ -140,6 +140,14 @@ def test_a_call_in_the_same_thread_begins_anew(tasks: ModuleType, mq: Proxy, sho
         tasks.add.delay(1, 1)
     _after(2, mq.restore)
     tasks.add.delay(1, 1)
+
+
+def test_a_limit_ends_with_its_call(tasks: ModuleType, short_limit: None) -> None:
+    with tasks.app.connection_for_write() as connection:
+        connection.connect()
+        with pytest.raises(EncodeError):
+            tasks.add.delay(object(), 1)
+        assert publishing._patience(connection.connection) == SHORT  # what is waited for next has its whole time
 
 
 def test_a_message_that_rabbitmq_refuses_is_an_error(stack: Stack, tasks: ModuleType, short_limit: None) -> None:
