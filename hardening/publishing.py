@@ -23,7 +23,7 @@ from typing import Any
 
 from amqp import spec
 from amqp.abstract_channel import AbstractChannel
-from amqp.exceptions import MessageNacked, NotFound, RecoverableConnectionError
+from amqp.exceptions import ChannelError, MessageNacked, NotFound, RecoverableConnectionError
 from celery import Celery, current_app
 from celery.app import amqp as _celerys_amqp
 from kombu import Connection, Queue
@@ -46,6 +46,7 @@ CLOSE_LIMIT = 2.0  # seconds; nobody needs this answer
 SLICE = 1.0  # seconds after which to look whether another greenlet has read the answer
 REFUSED_PAUSE = 0.5  # seconds until a refused message is sent again
 DECLARE_PAUSE = 0.1  # seconds until a queue that another connection is making is declared again
+NO_ROUTE = 312  # AMQP's code for a message that is in no queue
 
 # A worker sends what follows a task that has ended: its links, the rest of its chain.
 _at_its_end: ContextVar[bool] = vars(_celerys_amqp)["_callback_publish_retry"]
@@ -248,8 +249,16 @@ class Channel(pyamqp.Channel):
         block = _block.get()
         if block and block.mine() and not mandatory and (task_id := _task_id(msg)):
             block.send(self.connection.client, _Task(task_id, (msg, exchange, routing_key)))
-        else:
-            self.publish_and_wait(msg, exchange, routing_key, mandatory, confirm_timeout or timeout)
+            return
+        to_queue = not exchange and _task_id(msg) is not None
+        try:
+            self.publish_and_wait(msg, exchange, routing_key, mandatory or to_queue, confirm_timeout or timeout)
+        except ChannelError as exc:
+            if mandatory or exc.reply_code != NO_ROUTE:
+                raise
+            self.connection.client.declared_entities.clear()  # it was deleted: the next attempt declares it again
+            self._declared = Declared()
+            raise MessageNacked(f"RabbitMQ has no queue {routing_key!r}") from exc
 
     @staticmethod
     def _delay_queue(message: Any, queue: str) -> Queue | None:

@@ -11,19 +11,21 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import pytest
 from celery import chord, group, uuid
 from celery.exceptions import TaskRevokedError
+from kombu import Queue
 from kombu.common import maybe_declare
 from kombu.exceptions import EncodeError, OperationalError
 
 from hardening import publishing
 from hardening.delays import delay_queue
 from hardening.publishing import NotPlaced, together
-from lab.servers import Worker, run
+from lab.servers import Worker, run, wait_until
 from tests.conftest import Stack
 from tests.proxy import Proxy
 
@@ -157,6 +159,18 @@ def test_a_message_that_rabbitmq_refuses_is_an_error(stack: Stack, tasks: Module
         for number in range(20):
             sent.append(tasks.add.delay(number, 1))
     assert len(sent) >= 3
+
+
+def test_a_task_is_in_a_queue_or_the_call_raises(stack: Stack, tasks: ModuleType) -> None:
+    """A queue that was deleted took no task, and RabbitMQ confirms what is nowhere."""
+    for options in ({}, {"countdown": 0.1}):
+        tasks.add.apply_async((1, 1), **options)
+        for queue in stack.rabbitmq.queues(stack.vhost):
+            stack.rabbitmq.request("DELETE", f"queues/{stack.vhost}/{queue['name']}")
+        ids = Counter([tasks.add.apply_async((1, 1), **options).id])
+        assert wait_until(partial(_queued, stack), "in the queue") == ids
+    with pytest.raises(OperationalError, match="RabbitMQ has no queue 'nowhere'"):
+        tasks.add.apply_async((1, 1), queue=Queue("nowhere", no_declare=True), retry=False)
 
 
 def _fill_up_after(stack: Stack, messages: int) -> None:
