@@ -23,7 +23,7 @@ from celery.concurrency import prefork
 from celery.exceptions import InvalidTaskError, NotRegistered, Reject, WorkerLostError
 from celery.states import REJECTED
 from celery.utils.log import get_logger
-from celery.worker import consumer
+from celery.worker import consumer, loops
 from celery.worker.state import revoked
 from kombu.exceptions import ContentDisallowed, DecodeError
 
@@ -207,6 +207,8 @@ class Consumer(consumer.Consumer):
         super().__init__(*args, app=app, **kwargs)
         if type(self.pool).__module__.endswith(".solo"):  # its loop stands still while a task runs
             self.amqheartbeat = 0
+        if self.pool.is_green:  # its loop waits for a heartbeat after each message, a tenth of a second by default
+            vars(loops)["_quick_drain"] = partial(vars(loops)["_quick_drain"], timeout=0.001)
 
     def connection_for_write(self, *args: Any, **kwargs: Any) -> Any:
         """Connect for the worker's events, which are not confirmed.
