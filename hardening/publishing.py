@@ -330,6 +330,11 @@ class _Task:
     id: str
     message: tuple[Any, str, str]  # with its exchange and routing key
 
+    @property
+    def to_queue(self) -> bool:
+        """Tell whether it is sent to one queue; those that are bound to an exchange are the project's own."""
+        return not self.message[1]
+
 
 @contextmanager
 def together() -> Iterator[None]:
@@ -401,6 +406,7 @@ class _Line:
     """A connection of a block's own to one RabbitMQ, and what is not confirmed there."""
 
     def __init__(self, client: Any, not_placed: dict[str, str]) -> None:
+        self.client = client
         self.connection = Connection(**{**client.info(), "transport_options": dict(client.transport_options)})
         self.lost: tuple[type[BaseException], ...] = (*self.connection.recoverable_connection_errors, OperationalError)
         self.refusing: tuple[type[BaseException], ...] = self.connection.channel_errors
@@ -454,7 +460,12 @@ class _Line:
                 self._give_up(reason)
 
     def _publish(self, task: _Task) -> None:
-        self.channel.publish(*task.message, partial(self._confirmed, task))
+        self.channel.publish(*task.message, partial(self._confirmed, task), mandatory=task.to_queue)
+
+    def _returned(self, exc: Exception, exchange: str, queue: str, message: Any) -> None:
+        """Remember what no queue has taken; RabbitMQ confirms it next."""
+        self.client.declared_entities.clear()
+        self.not_placed[_task_id(message) or ""] = f"RabbitMQ has no queue {queue!r}"
 
     def _confirmed(self, task: _Task, taken: bool) -> None:
         if taken:
@@ -465,7 +476,7 @@ class _Line:
     def _send_singly(self) -> None:
         for task in list(self.open):
             try:
-                self.channel.publish_and_wait(*task.message)
+                self.channel.publish_and_wait(*task.message, mandatory=task.to_queue)
             except self.refusing as exc:
                 self.not_placed[task.id] = str(exc)
             self.open.pop(task)
@@ -476,6 +487,7 @@ class _Line:
         seconds: Any = max(end - time.monotonic(), 0.1)
         self.connection.ensure_connection(interval_start=0, interval_step=1, interval_max=1, timeout=seconds)
         self.channel = self.connection.channel()
+        self.channel.events["basic_return"].add(self._returned)
         if not self.singly:
             for task in list(self.open):
                 self._publish(task)

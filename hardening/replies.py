@@ -358,6 +358,10 @@ class ReplyQueueBackend(OneBackend, rpc.RPCBackend):
                 connection.collect()
                 raise OperationalError(str(exc)) from exc
 
+    def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, **kwargs: Any) -> Any:
+        """Tell the client. Without a request nobody knows where it is: the worker that gets the task tells it."""
+        return super().mark_as_revoked(task_id, reason, request, **kwargs) if request else None
+
     def get_task_meta(self, task_id: str, backlog_limit: int = 0) -> Any:
         """Return a task's latest state, for .state and .ready().
 

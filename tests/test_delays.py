@@ -198,6 +198,7 @@ def test_a_parked_task_that_is_revoked_does_not_run(stack: Stack, env: dict[str,
         wait_until(lambda: parked(stack, "tasks") == 1, "parked")
         result.revoke()
         wait_until(lambda: worker.says("Discarding revoked task"), "discarded")
+        assert not worker.says("Failed to mark")
         with pytest.raises(Exception, match="revoked"):
             result.get(timeout=30)
 

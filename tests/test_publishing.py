@@ -169,6 +169,12 @@ def test_a_task_is_in_a_queue_or_the_call_raises(stack: Stack, tasks: ModuleType
             stack.rabbitmq.request("DELETE", f"queues/{stack.vhost}/{queue['name']}")
         ids = Counter([tasks.add.apply_async((1, 1), **options).id])
         assert wait_until(partial(_queued, stack), "in the queue") == ids
+    stack.rabbitmq.request("DELETE", f"queues/{stack.vhost}/tasks")
+    lost: list[str] = []
+    with pytest.raises(NotPlaced, match="RabbitMQ has no queue 'tasks'") as caught, together():
+        lost.extend(tasks.add.delay(1, number).id for number in range(3))
+    assert caught.value.ids == lost
+    tasks.add.delay(1, 1)
     with pytest.raises(OperationalError, match="RabbitMQ has no queue 'nowhere'"):
         tasks.add.apply_async((1, 1), queue=Queue("nowhere", no_declare=True), retry=False)
 
