@@ -194,10 +194,12 @@ _celerys_revoke = control._revoke
 def _revoke(commands: Any, task_ids: Any, terminate: bool = False, signal: Any = None, **kwargs: Any) -> Any:
     """Revoke tasks as Celery does; the look into the store, and the mark there, beside the loop."""
     state.revoked.update(task_ids)
-    storing.do(partial(_celerys_revoke, commands, task_ids))
+    found = list(control._find_requests_by_id(task_ids))
+    # One that runs, or has just ended, would look to the thread like one that nobody has begun.
+    if waiting := task_ids - {each.id for each in found if each in state.active_requests}:
+        storing.do(partial(_celerys_revoke, commands, waiting))
     if not terminate:
         return task_ids
-    found = list(control._find_requests_by_id(task_ids))
     for each in found:
         each.terminate(commands.consumer.pool, signal=signal)
     return control.ok(f"terminate: {', '.join(each.id for each in found) or 'tasks unknown'}")

@@ -184,6 +184,20 @@ def test_a_chord_whose_part_no_worker_knows_fails(redis_stack: Stack, env: dict[
             chord(header, app=app)(app.signature("tasks.total")).get(timeout=60)
 
 
+def test_a_running_task_that_is_revoked_is_terminated_and_not_taken_for_one_that_waits(
+    redis_stack: Stack, env: dict[str, str]
+) -> None:
+    app: Any = redis_stack.load("tasks").app
+    with Worker(redis_stack.logs / "w.log", "--include", "jobs", env=env):
+        for _ in range(3):
+            result = app.send_task("jobs.sleeps", (60,))
+            wait_until(lambda: any((app.control.inspect().active() or {}).values()), "it runs")
+            result.revoke(terminate=True)
+            with pytest.raises(Exception, match="terminated"):
+                result.get(timeout=60)
+            wait_until(lambda: not any((app.control.inspect().active() or {"": [1]}).values()), "it has ended")
+
+
 def test_a_soft_limit_above_any_hard_one(redis_stack: Stack, env: dict[str, str]) -> None:
     """There is no hard limit in the settings that a task with a longer soft one would collide with."""
     app: Any = redis_stack.load("tasks").app
