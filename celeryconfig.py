@@ -37,8 +37,8 @@ broker_url = _environment.service_url("RABBITMQ")
 # With amqps://, check the certificate's host name, too: by itself Celery checks only that it is signed by somebody
 # trusted. The certificate authority of your own servers goes into the standard variable SSL_CERT_FILE.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-use-ssl
-if broker_url.startswith("amqps://"):
-    broker_use_ssl = {"cert_reqs": _ssl.CERT_REQUIRED, "server_hostname": _hostnames.OF_EACH_NODE}
+_tls = {"cert_reqs": _ssl.CERT_REQUIRED, "server_hostname": _hostnames.OF_EACH_NODE}
+broker_use_ssl = _tls if broker_url.startswith("amqps://") else False
 
 # delay() returns when RabbitMQ has taken the message. Without it, a message lost on the way is lost in silence.
 # Price, tasks a second: redis none, rabbitmq 19 %. Calls in a block of hardening.publishing.together() pay it once.
@@ -141,8 +141,8 @@ else:  # tests in one process
 
 # With rediss:// and sentinels://, check the server's certificate and host name (SSL_CERT_FILE as above).
 # redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#redis-backend-use-ssl
-if _redis_url.startswith(("rediss://", "sentinels://")):
-    redis_backend_use_ssl = {"ssl_cert_reqs": _ssl.CERT_REQUIRED}
+_redis_tls = _redis_url.startswith(("rediss://", "sentinels://"))
+redis_backend_use_ssl = {"ssl_cert_reqs": _ssl.CERT_REQUIRED} if _redis_tls else None
 
 # Seconds until a result that nobody reads is removed, so that neither store fills up. Celery's default is a day.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-expires

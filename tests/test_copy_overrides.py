@@ -25,6 +25,11 @@ UPDATED = FILE + '\napp.conf.update(result_expires=60, result_backend="redis://u
 SETTINGS_OBJECT = """app.config_from_object({"CELERY_BROKER_URL": "redis://:s3cret@old/0", "CELERY_TASK_TIME_LIMIT": 30,
     "CELERY_RESULT_BACKEND": "django-db", "CELERY_TASK_ACKS_LATE": True}, namespace="CELERY")
 app.add_defaults(celeryconfig)"""
+TLS_BEFORE = """import ssl
+app.config_from_object({"CELERY_BROKER_URL": "rediss://old/0",
+    "CELERY_BROKER_USE_SSL": {"ssl_cert_reqs": ssl.CERT_NONE},
+    "CELERY_REDIS_BACKEND_USE_SSL": {"ssl_cert_reqs": ssl.CERT_NONE}}, namespace="CELERY")
+app.add_defaults(celeryconfig)"""
 OLD_NAMES = """app.config_from_object({"BROKER_URL": "redis://:s3cret@old/0", "CELERY_RESULT_BACKEND": "django-db",
     "CELERY_ALWAYS_EAGER": True})
 app.add_defaults(celeryconfig)
@@ -79,6 +84,12 @@ def test_a_settings_object_with_old_names_loses_like_one_with_new_names(tmp_path
     line = _line(tmp_path, OLD_NAMES, RESULT_STORE="redis")
     assert "broker amqp://demo:**@mq/demo, results in redis://demo:**@cache/0" in line
     assert line.endswith("; without effect, for celeryconfig.py wins: BROKER_URL, CELERY_RESULT_BACKEND.")
+
+
+def test_no_tls_of_before_is_left_over(tmp_path: Path) -> None:
+    """It would be spoken to servers that do not speak it, and in another library's words."""
+    names = "CELERY_BROKER_URL, CELERY_BROKER_USE_SSL, CELERY_REDIS_BACKEND_USE_SSL."
+    assert _line(tmp_path, TLS_BEFORE, RESULT_STORE="redis").endswith(f"celeryconfig.py wins: {names}")
 
 
 def test_no_password_of_several_brokers_is_shown(tmp_path: Path) -> None:
