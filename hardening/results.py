@@ -120,7 +120,9 @@ class _Shared:
             self.backend = backend
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.setdefault(name, value) is not value and name == "oid":
+        if value is None:  # celery.contrib.testing ends an app
+            self.__dict__.pop(name, None)
+        elif self.__dict__.setdefault(name, value) is not value and name == "oid":
             self.strays.add(value)
 
 

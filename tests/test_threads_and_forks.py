@@ -1,10 +1,12 @@
 """Programs of other kinds than the demo: threads, greenlets and forked processes queue and fetch side by side."""
 
 import copy
+import gc
 import json
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from celery import group
+from celery import Celery, group
+from celery.contrib.testing.app import setup_default_app
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult
 
@@ -282,6 +285,17 @@ def test_the_name_of_a_reply_queue_that_a_thread_had_before_the_backend_is_read_
     with Worker(rabbitmq_stack.logs / "w.log", env=rabbitmq_stack.env):
         assert _in_threads(2, queue, [True, False]) == [2, 2]
         assert tasks.add.delay(1, 1).get(timeout=30) == 2
+
+
+def test_a_test_app_lets_go_of_its_backend(shared_stack: Stack) -> None:
+    """The fixtures of Celery's pytest plugin end each app with this, or each test would leave a connection."""
+    app: Any = Celery("brief", set_as_current=False)
+    app.config_from_object(shared_stack.load("celeryconfig"))
+    with setup_default_app(app):
+        backend = weakref.ref(app.backend)
+    gc.collect()
+    assert backend() is None
+    assert app.backend
 
 
 def test_redis_is_not_imported_for_rabbitmq(rabbitmq_stack: Stack) -> None:
