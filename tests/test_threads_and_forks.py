@@ -26,7 +26,13 @@ from tests.conftest import Stack
 MORE_TASKS = """
 import multiprocessing
 from celery import shared_task
+from celery.result import allow_join_result
 from tasks import add, app
+
+@app.task
+def waits(number):
+    with allow_join_result():
+        return add.delay(number, 1).get(timeout=30)
 
 @app.task(bind=True)
 def steps(self, number):
@@ -232,6 +238,11 @@ def test_forked_processes_fetch_their_own(
 def test_a_task_starts_processes_that_queue_and_fetch(more: ModuleType) -> None:
     result = more.app.send_task("more_tasks.start_processes")
     assert result.get(timeout=100) == [[2 * number for number in range(12)]] * 3
+
+
+def test_a_task_waits_for_one_that_it_queues(more: ModuleType) -> None:
+    """From the first one in each pool process on: the reply queue is there before the task is sent."""
+    assert [more.app.send_task("more_tasks.waits", (n,)).get(timeout=60) for n in range(9)] == [*range(1, 10)]
 
 
 def test_greenlets_share_one_client(tasks: ModuleType, shared_stack: Stack, tmp_path: Path) -> None:
