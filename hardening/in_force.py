@@ -30,7 +30,7 @@ def say(app: Celery) -> None:
 def line(app: Celery) -> str:
     """Return the line. Without celeryconfig.py it says so."""
     queues = ", ".join(sorted(app.amqp.queues.consume_from))
-    store = app.backend.as_uri(include_password=False)
+    store = app.backend.as_uri(include_password=False) or maybe_sanitize_url(app.conf.result_backend)  # "django-db"
     broker = app.conf.broker_read_url or "amqp://"  # one, several with ; between, or a list of them
     urls = broker.split(";") if isinstance(broker, str) else broker
     parts = [f"In force: broker {';'.join(map(maybe_sanitize_url, urls))}, results in {store}, queues {queues}"]

@@ -207,7 +207,7 @@ def test_django_celery_results_stays_the_projects_own(redis_stack: Stack, projec
     try:
         with _worker(redis_stack, project, "-Q", "mail") as worker:
             said = _client(redis_stack, project, "print(mail.delay().get(timeout=30))")
-            assert worker.says("not as in celeryconfig.py: result_backend")
+            assert worker.says("results in django-db, queues mail; not as in celeryconfig.py: result_backend")
     finally:
         file.write_text(before)
     assert said.splitlines() == ["sent"]
