@@ -34,7 +34,8 @@ OLD_NAMES = """app.config_from_object({"BROKER_URL": "redis://:s3cret@old/0", "C
     "CELERY_ALWAYS_EAGER": True})
 app.add_defaults(celeryconfig)
 assert app.conf.task_always_eager"""
-CONSTRUCTOR = FILE + '\napp.conf.broker_url = ["amqp://a:s3cret@one//", "amqp://a:s3cret@two//"]'
+ARGUMENTS = 'app = Celery("jobs", broker="amqp://a:s3cret@old//", backend="rpc://", result_expires=60)\n' + FILE
+SEVERAL = FILE + '\napp.conf.broker_url = ["amqp://a:s3cret@one//", "amqp://a:s3cret@two//"]'
 OTHER_FILE = (
     'app.config_from_object({"worker_consumer": "hardening.consumer:Consumer"})\nimport hardening.environment\n'
 )
@@ -72,6 +73,28 @@ def test_a_later_update_is_named(tmp_path: Path) -> None:
     assert line.endswith("; not as in celeryconfig.py: result_backend, result_expires.")
 
 
+@pytest.mark.parametrize("how", [ARGUMENTS, ARGUMENTS.replace(FILE, "app.add_defaults(celeryconfig)")])
+def test_arguments_of_the_app_win_and_are_named(tmp_path: Path, how: str) -> None:
+    line = _line(tmp_path, how, RESULT_STORE="redis")
+    assert "broker amqp://a:**@old//, results in rpc://" in line
+    assert line.endswith("; not as in celeryconfig.py: broker_url, result_backend, result_expires.")
+
+
+def test_a_project_may_have_a_celeryconfig_of_its_own(tmp_path: Path) -> None:
+    """Then the copied one has another name."""
+    copy_settings(tmp_path)
+    (tmp_path / "celeryconfig.py").rename(tmp_path / "celerybase.py")
+    (tmp_path / "celeryconfig.py").write_text('task_default_queue, timezone = "old", "Europe/Paris"')
+    (tmp_path / "jobs.py").write_text(
+        "import celerybase\nfrom celery import Celery\nfrom hardening import in_force\n"
+        'app = Celery("jobs")\napp.config_from_object("celeryconfig")\napp.add_defaults(celerybase)\n'
+        "print(app.conf.timezone, in_force.line(app))"
+    )
+    done = run(sys.executable, "jobs.py", cwd=tmp_path, env={})
+    assert done.stdout.startswith("Europe/Paris In force: "), done.stderr
+    assert done.stdout.endswith("queues tasks; without effect, for celeryconfig.py wins: task_default_queue.\n")
+
+
 def test_a_settings_object_that_loses_is_named(tmp_path: Path) -> None:
     """Its other settings, and those that say the same, are not."""
     line = _line(tmp_path, SETTINGS_OBJECT, RESULT_STORE="redis")
@@ -93,7 +116,7 @@ def test_no_tls_of_before_is_left_over(tmp_path: Path) -> None:
 
 
 def test_no_password_of_several_brokers_is_shown(tmp_path: Path) -> None:
-    line = _line(tmp_path, CONSTRUCTOR, RESULT_STORE="redis")
+    line = _line(tmp_path, SEVERAL, RESULT_STORE="redis")
     assert "broker amqp://a:**@one//;amqp://a:**@two//," in line
     assert line.endswith("; not as in celeryconfig.py: broker_url.")
 

@@ -12,7 +12,7 @@ from celery.app.defaults import SETTING_KEYS
 from lab.benchmark import multiples, page_tables
 from lab.benchmark_tasks import DEFAULT, OURS
 from lab.faults import FAULTS, NOT_PROMISED, table
-from lab.servers import ROOT, STORES, Worker, run
+from lab.servers import ROOT, STORES, Worker, run, wait_until
 from tests.conftest import Stack, copy_settings
 
 FILES = [ROOT / "README.md", ROOT / "lab" / "README.md", *ROOT.glob("docs/*.md")]
@@ -218,6 +218,31 @@ def test_the_settings_that_can_surprise_are_there_and_so_is_the_way_back() -> No
             assert f"\n{line}" in settings, line
         for name in re.findall(r"`((?:task|result|worker|broker)_\w+)[ `]", row):
             assert name in SETTING_KEYS, name
+
+
+LIMITED = """
+from tasks import app
+
+@app.task(rate_limit="1/h")
+def limited(): ...
+
+@app.task
+def quick(): ...
+"""
+
+
+def test_a_rate_limit_stops_its_queue_and_no_other(redis_stack: Stack, tmp_path: Path) -> None:
+    (tmp_path / "jobs.py").write_text(LIMITED)
+    env = {**redis_stack.env, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    client = "from jobs import *; "
+    slow = Worker(tmp_path / "slow.log", "-Q", "slow", "-c", "1", env=env, app="jobs")
+    with slow, Worker(tmp_path / "own.log", env=env, app="jobs"):
+        run(sys.executable, "-c", client + "[limited.apply_async(queue='slow') for _ in range(2)]", env=env)
+        wait_until(lambda: slow.log.read_text().count("limited[") > 2, "the second waits for its turn")
+        send = "quick.apply_async(queue='slow'); print(quick.delay().get(timeout=60)); "
+        look = "print(app.connection_for_read().default_channel.queue_declare('slow', passive=True).message_count)"
+        done = run(sys.executable, "-c", client + send + look, env=env)
+    assert done.stdout == "None\n1\n", done.stderr
 
 
 # --- docs/when-something-is-wrong.md; the texts by which it is searched: tests/test_troubleshooting.py ----
