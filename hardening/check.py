@@ -35,7 +35,7 @@ NOT_FOUND = 404  # AMQP's code for what does not exist
 def queues(app: Celery, more: Iterable[str] = ()) -> list[Queue]:
     """Return the queues that the app's settings and tasks name. Those that a router function chooses are unknown."""
     app.loader.import_default_modules()
-    names = {*app.amqp.queues, *more, *_routed(app.conf.task_routes)}
+    names = {*app.amqp.queues, app.conf.task_default_queue, *more, *_routed(app.conf.task_routes)}
     of_tasks = {getattr(task, "queue", None) for task in app.tasks.values()}
     names |= {queue for queue in of_tasks if isinstance(queue, str)}
     return [*(app.amqp.queues[name] for name in sorted(names)), dead_letter_queue(app)]

@@ -2,8 +2,8 @@
 
 What Celery lacks: app.conf.update() after celeryconfig.py silently wins over it, and a settings object (Django's, a
 dictionary) that says the same silently loses.
-What this does: names both kinds of settings, without their values, and a serializer that nobody accepts. URLs are
-shown without their passwords.
+What this does: names both kinds of settings, without their values, a serializer that nobody accepts, and a default
+queue that nobody consumes. URLs are shown without their passwords.
 To go back: leave out worker_consumer. For Celery 5.7.
 """
 
@@ -62,6 +62,7 @@ def differences(app: Celery) -> dict[str, set[str]]:
         "not as in celeryconfig.py": changed,
         "without effect, for celeryconfig.py wins": lost,
         "not in accept_content, so that messages are refused": refused,
+        "not in task_queues, so that no worker runs its tasks": {app.conf.task_default_queue} - {*app.amqp.queues},
     }
 
 

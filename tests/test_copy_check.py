@@ -8,6 +8,7 @@ import pytest
 from celery import Celery
 from kombu import Exchange, Queue
 
+from hardening import check
 from lab.servers import RabbitMQ, as_admin, run
 from tests.conftest import Stack, copy_settings
 from tests.pages import UPGRADE
@@ -152,3 +153,9 @@ from celery import Celery
 app = Celery("jobs")
 app.config_from_object("celeryconfig")
 """
+
+
+def test_the_default_queue_is_looked_at_where_task_queues_lacks_it() -> None:
+    app = Celery(set_as_current=False)
+    app.conf.update(task_queues=[Queue("mail")], task_default_queue="tasks")
+    assert [queue.name for queue in check.queues(app)] == ["mail", "tasks", "tasks.dead"]

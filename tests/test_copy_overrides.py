@@ -36,6 +36,9 @@ app.add_defaults(celeryconfig)
 assert app.conf.task_always_eager"""
 ARGUMENTS = 'app = Celery("jobs", broker="amqp://a:s3cret@old//", backend="rpc://", result_expires=60)\n' + FILE
 SEVERAL = FILE + '\napp.conf.broker_url = ["amqp://a:s3cret@one//", "amqp://a:s3cret@two//"]'
+QUEUES = """from kombu import Queue
+app.config_from_object({"task_queues": (Queue(name) for name in ("default", "mail")), "task_default_queue": "default"})
+app.add_defaults(celeryconfig)"""
 OTHER_FILE = (
     'app.config_from_object({"worker_consumer": "hardening.consumer:Consumer"})\nimport hardening.environment\n'
 )
@@ -107,6 +110,13 @@ def test_a_settings_object_with_old_names_loses_like_one_with_new_names(tmp_path
     line = _line(tmp_path, OLD_NAMES, RESULT_STORE="redis")
     assert "broker amqp://demo:**@mq/demo, results in redis://demo:**@cache/0" in line
     assert line.endswith("; without effect, for celeryconfig.py wins: BROKER_URL, CELERY_RESULT_BACKEND.")
+
+
+def test_a_default_queue_that_no_worker_consumes_is_named(tmp_path: Path) -> None:
+    """The project's own queues stay, and the name of the default queue changes."""
+    line = _line(tmp_path, QUEUES)
+    assert "queues default, mail; without effect, for celeryconfig.py wins: task_default_queue; " in line
+    assert line.endswith("; not in task_queues, so that no worker runs its tasks: tasks.")
 
 
 def test_no_tls_of_before_is_left_over(tmp_path: Path) -> None:
