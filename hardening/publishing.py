@@ -239,7 +239,7 @@ class Channel(pyamqp.Channel):
         Raises MessageNacked or RecoverableConnectionError, after which kombu tries again, and NotPlaced in a block.
         py-amqp puts this in the place of basic_publish when confirm_publish is set.
         """
-        if not exchange and (delay := self._delay_queue(msg, routing_key)):
+        if not exchange and routing_key and (delay := self._delay_queue(msg, routing_key)):
             self._declared.declare(delay, self)
             routing_key = delay.name
         if "ticket" in _headers(msg):
