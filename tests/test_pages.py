@@ -9,7 +9,7 @@ from statistics import median
 import pytest
 from celery.app.defaults import SETTING_KEYS
 
-from lab.benchmark import multiples, page_tables
+from lab.benchmark import multiples, page_tables, price
 from lab.benchmark_tasks import DEFAULT, OURS
 from lab.faults import FAULTS, NOT_PROMISED, table
 from lab.servers import ROOT, STORES, Worker, run, wait_until
@@ -338,6 +338,11 @@ def test_the_words_on_costs_are_those_of_the_committed_figures() -> None:
         f"{chunks[0]:.0f} times as many calls a second on redis, {chunks[1]:.0f} times on rabbitmq",
     ):
         assert said in words
+    alone, queue, both = (
+        re.findall(r"\d+ %", price(FIGURES, kind))
+        for kind in ("publishing is not confirmed", "classic queue, not quorum", "neither confirmed nor quorum")
+    )
+    assert all(percent in words.split("Alone,")[1].split(".")[0] for percent in (*alone, *queue, *both))
 
 
 def test_the_processor_time_of_a_task_is_that_of_the_committed_figures() -> None:
