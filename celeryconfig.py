@@ -42,7 +42,7 @@ broker_use_ssl = _tls if broker_url.startswith("amqps://") else False
 
 # delay() returns when RabbitMQ has taken the message. Without it, a message lost on the way is lost in silence.
 # Price, tasks a second: redis none, rabbitmq 19 %. Calls in a block of hardening.publishing.together() pay it once.
-# Drop it if lost tasks do no harm. on_open gives each wait for RabbitMQ an end; the rest is for a fresh process.
+# Drop it if lost tasks do no harm. on_open ends each wait for RabbitMQ; the rest ends the first attempt to connect.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-transport-options
 broker_transport_options = {
     "confirm_publish": True,
@@ -56,7 +56,7 @@ broker_transport_options = {
 broker_connection_max_retries = None
 
 # As many threads or greenlets of a process can queue at once; the next one waits. A connection is opened when it is
-# needed. Celery's default of 10 would make the 20 seconds above 40 for the eleventh while RabbitMQ is away.
+# needed. Celery's default of 10 would make the 20 seconds below 40 for the eleventh while RabbitMQ is away.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#broker-pool-limit
 broker_pool_limit = 200
 
@@ -127,7 +127,7 @@ worker_cancel_long_running_tasks_on_connection_loss = False
 # --- Results ----------------------------------------------------------------------------------------------
 
 # One key a task in Redis, or one message a result on the caller's own reply queue in RabbitMQ.
-# _environment.service_url("REDIS") or "rpc://" in their place goes back to Celery's own.
+# _redis_url or "rpc://" in their place goes back to Celery's own.
 # both - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend
 _redis_url = _environment.service_url("REDIS") if _store == "redis" else ""
 if _redis_url.startswith("sentinel"):

@@ -4,9 +4,9 @@
 
 What Celery lacks: a queue or an exchange that exists in another form cannot be declared (PRECONDITION_FAILED). Celery
 says so when worker and client start, and not what to do.
-What this does: it declares what exists already, and only that, which changes nothing. One line for each queue and each
-exchange. It needs the rights of the app's own user. The exit code is 1 when something clashes, and 2 when the broker
-does not answer.
+What this does: it declares what exists already, and only that, which changes nothing. One line for each queue, and for
+each exchange that clashes. It needs the rights of the app's own user. The exit code is 1 when something clashes, and 2
+when the broker does not answer.
 To go back: nothing depends on this module. For Celery 5.7.
 """
 

@@ -46,7 +46,7 @@ def _bounded_brotli(brotli: Any) -> Callable[[bytes], bytes]:
 
 
 def _bound_all() -> None:
-    """Replace each decoder that this kombu has. One that is not known here is taken out."""
+    """Replace each decoder that this kombu has. One that is not known here stays as it is."""
     import bz2
     import lzma
     import zlib

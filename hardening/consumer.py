@@ -4,8 +4,10 @@ What Celery lacks: some of these messages it puts into the log as a whole. At ot
 message to the next worker, which ends, too: a missing content type is enough, or a time limit that is no pair.
 What this does: each message is checked before Celery sees it. What is no task is put into the dead-letter queue, and
 so is one that RabbitMQ delivers again and again (dead_letters.py). A task that is not due is parked (delays.py), and
-the loop never waits for the result store (request.py).
-To go back: leave out worker_consumer. For Celery 5.7.
+the loop never waits for the result store (request.py). Who waits for what is refused gets a failure. Control queues of
+later connections have names of their own, add_consumer makes the queues that -Q makes, and a loop for greenlets does
+not wait a tenth of a second for a heartbeat after each message.
+To go back: leave out worker_consumer, as delays.py says. For Celery 5.7.
 """
 
 import select
@@ -31,7 +33,7 @@ from . import in_force
 from .dead_letters import DELIVERIES, dead_letter_queue, why_dead
 from .delays import delay_queue, seconds_left
 from .events import EventsTogether
-from .moves import Moves, queue_of
+from .moves import Moves, lasting_queue_of, queue_of
 from .readiness import Readiness, refuse_wrong_passwords
 from .request import Request, store_errors, storing
 
@@ -268,10 +270,8 @@ class Consumer(consumer.Consumer):
         It is also made sure that its retries stay in this queue: Celery sends them to the exchange that the task came
         from, which may have more queues.
         """
-        queue = queue_of(self, message)
-        if (
-            queue is None or queue.auto_delete or queue.exclusive
-        ):  # it does not outlive this worker, and nor do its tasks
+        queue = lasting_queue_of(self, message)
+        if queue is None:
             return False
         message.delivery_info.update(exchange="", routing_key=queue.name)
         eta, left = message.headers.get("eta"), 0.0

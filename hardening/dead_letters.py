@@ -4,7 +4,7 @@ What Celery lacks: RabbitMQ drops a task in silence when it was delivered 20 tim
 or because it rejects itself; and a message that is refused is gone.
 What this does: the worker puts both into one quorum queue, the default queue's name with ".dead", and stores a failure
 for who waits. This command reads celeryconfig.py, as a worker does.
-To go back: leave out worker_consumer. For Celery 5.7.
+To go back: leave out worker_consumer, as delays.py says. For Celery 5.7.
 
   python -m hardening.dead_letters                   what is in it
   python -m hardening.dead_letters send-back         all of it goes back; or, with IDs, these tasks

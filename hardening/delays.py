@@ -5,7 +5,8 @@ queue, a delay below a second fails, a queue gets those of another whose name en
 all of them.
 What this does: such a task is put into a queue that belongs to its own queue and to one delay, and from which RabbitMQ
 returns it when it is due. The client does that (publishing.py); a worker does it with a task that it gets too early,
-from another client, or because its delay is longer than a minute and takes more than one such queue.
+from another client, or because its delay is longer than a minute and takes more than one such queue. For apps with this
+worker_consumer, detect_quorum_queues and Task.signature_from_request are replaced.
 To go back: leave out worker_consumer and task_default_exchange, and set task_default_exchange_type and
 task_create_missing_queue_exchange_type to "topic", on queues with new names. For Celery 5.7.
 """

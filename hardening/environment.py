@@ -127,10 +127,13 @@ def result_store() -> str:
 
 
 def refuse_overrides(settings: dict[str, Any]) -> None:
-    """End the process when Celery's own variables, or its options -b and --result-backend, would win over the file."""
+    """End the process when Celery's own variables, or its options -b and --result-backend, would win over the file.
+
+    in_force.py compares with the file later.
+    """
     global file
     file = settings
-    broker_url, result_backend = settings["broker_url"], settings["result_backend"]
+    broker_url, result_backend = settings.get("broker_url"), settings.get("result_backend")
     for name in ("BROKER_URL", "CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
         if os.environ.get(name) not in (None, "", broker_url):
             stop(

@@ -3,7 +3,7 @@
 What Celery lacks: kombu writes the name of the first node into broker_use_ssl, which all connections share, and checks
 the certificates of the others against it. It also checks localhost's against 127.0.0.1.
 What this does: each connection is checked against the name of the node that it goes to.
-To go back: give broker_use_ssl a "server_hostname". For Celery 5.7.
+To go back: take "server_hostname" out of broker_use_ssl. For Celery 5.7.
 """
 
 from typing import Any

@@ -3,8 +3,8 @@
 What Celery lacks: a worker can acknowledge or reject a message, but not put it elsewhere without the risk of losing it.
 What this does: one thread beside the loop publishes the message over a connection of its own, and acknowledges the
 original once RabbitMQ has confirmed the copy. A connection of its own, because RabbitMQ blocks one that publishes while
-its memory is short, and the worker could acknowledge nothing more.
-To go back: leave out worker_consumer. For Celery 5.7.
+its memory is short, and the worker could acknowledge nothing more. A fork waits up to a second for that thread.
+To go back: leave out worker_consumer, as delays.py says. For Celery 5.7.
 """
 
 import os
@@ -114,6 +114,12 @@ def queue_of(consumer: Any, message: Any) -> Queue | None:
     return None
 
 
+def lasting_queue_of(consumer: Any, message: Any) -> Queue | None:
+    """Return the queue that a message was consumed from, unless it ends with this worker."""
+    queue = queue_of(consumer, message)
+    return None if queue is None or queue.auto_delete or queue.exclusive else queue
+
+
 def copy(message: Any, headers: dict[str, Any]) -> amqp.Message:
     """Return a message as it was published, with these headers added. It expires no more: it was delivered in time."""
     body = message.body
@@ -132,17 +138,15 @@ class Moves:
         self._connection: Any = None
         self._declared = Declared()
 
-    def move(
-        self, message: Any, to: Queue, headers: dict[str, Any] | None = None, after: Callable[[], object] | None = None
-    ) -> None:
-        """Put a message into the queue to, then acknowledge it, then call after.
+    def move(self, message: Any, to: Queue, headers: dict[str, Any] | None = None) -> None:
+        """Put a message into the queue to, then acknowledge it.
 
         If its connection is lost before that, RabbitMQ delivers it again, and it is moved then.
         """
         channel = message.channel
-        self.beside.do(partial(self._move, message, channel, to, copy(message, headers or {}), after))
+        self.beside.do(partial(self._move, message, channel, to, copy(message, headers or {})))
 
-    def _move(self, message: Any, channel: Any, to: Queue, content: amqp.Message, after: Any) -> None:
+    def _move(self, message: Any, channel: Any, to: Queue, content: amqp.Message) -> None:
         while True:
             if channel.connection is None and not message.acknowledged:
                 return  # RabbitMQ gives it out again
@@ -151,8 +155,6 @@ class Moves:
             time.sleep(PAUSE)
         if not message.acknowledged:
             self.consumer.call_soon_ack(message.ack_log_error, logger, self.consumer.connection_errors)
-        if after:
-            after()
 
     def _publish(self, to: Queue, content: amqp.Message) -> bool:
         try:

@@ -2,9 +2,11 @@
 
 What Celery lacks: delay() waits without end when RabbitMQ is frozen or blocks publishers, and confirms take a round
 trip for each task. RabbitMQ drops an expired task in silence, so that it stays PENDING.
-What this does: each call ends after LIMIT, with OperationalError. Tasks that are sent in a block of together() are
-confirmed together. An expired task still reaches a worker, which stores REVOKED.
-To go back: leave out on_open in broker_transport_options and errback in task_publish_retry_policy. For Celery 5.7.
+What this does: each call ends after LIMIT, with OperationalError, also where RabbitMQ has no such queue:
+Celery.send_task is wrapped, and each connection gets a channel of our kind. Tasks that are sent in a block of
+together() are confirmed together. An expired task still reaches a worker, which stores REVOKED. librabbitmq is not
+looked for.
+To go back: leave out on_open in broker_transport_options, and errback in _attempts. For Celery 5.7.
 """
 
 import os
@@ -75,7 +77,7 @@ _celerys_send_task = Celery.send_task
 def _send_task(app: Any, *args: Any, **kwargs: Any) -> Any:
     """Begin the limit of a call, and end it with the call. Other apps in the process have policies of their own.
 
-    What a task has sent when it ends, its links and the rest of its chain, has the task's own time: then it runs again.
+    What follows a task, its links and the rest of its chain, has the rest of the task's time: then the task runs again.
     """
     until = 0.0
     if app.conf.task_publish_retry_policy.get("errback") is within_limit:
@@ -499,8 +501,7 @@ class _Line:
         self.connection.maybe_switch_next()
 
     def _give_up(self, reason: str) -> None:
-        ids = [task.id for task in self.open]
-        self.not_placed.update(dict.fromkeys(ids, reason))
+        self.not_placed.update(dict.fromkeys((task.id for task in self.open), reason))
         self.open.clear()
         self._hang_up()
-        raise NotPlaced(ids, reason)
+        raise NotPlaced(list(self.not_placed), reason)

@@ -4,8 +4,9 @@ What Celery lacks: when a task is revoked, expired, timed out, or lost with its 
 itself, in its event loop. While the store is away it takes no task, answers nobody and does not end. And the retry of
 a lost task comes after three minutes.
 What this does: these outcomes are stored by one thread beside the loop, and the message is acknowledged after that. If
-the store is away, the message goes back to its queue for a while. The retry is the message itself, 5 seconds later.
-To go back: leave out worker_consumer. For Celery 5.7.
+the store is away, the message goes back to its queue for a while. The retry is the message itself, 5 seconds later
+unless the task has a default_retry_delay. The command revoke is replaced.
+To go back: leave out worker_consumer, as delays.py says. For Celery 5.7.
 """
 
 import time
@@ -22,7 +23,7 @@ from celery.worker import control, request, state
 from kombu.exceptions import OperationalError
 
 from .delays import delay_queue
-from .moves import PAUSE, Beside, queue_of
+from .moves import PAUSE, Beside, lasting_queue_of
 from .results import OUTCOMES, NotStored
 
 logger = get_logger(__name__)
@@ -157,8 +158,8 @@ class Request(request.Request):
     def _give_back(self, seconds: float, retries: int | None = None) -> None:
         """Park the message for at least that long: it comes back to its queue as a new one."""
         self._given_back, due = True, datetime.now(UTC) + timedelta(seconds=seconds)
-        source = queue_of(self.consumer, self.message)
-        if source is None or source.auto_delete or source.exclusive:  # it does not outlive this worker
+        source = lasting_queue_of(self.consumer, self.message)
+        if source is None:
             super().reject(requeue=True)
             return
         headers = {"eta": due.isoformat()} | ({} if retries is None else {"retries": retries})

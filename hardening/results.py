@@ -4,7 +4,8 @@ What Celery lacks: each thread has a backend and a reply queue of its own, a for
 and the states that one thread waits for reach the on_message of another. In the worker, waiting for the store takes
 longer than the task may.
 What this does: a process has one backend. One thread reads for all that wait, and each of them hears its own tasks. A
-forked process starts afresh. Whoever stores a result tries again until shortly before the task's time limit.
+forked process drops all connections of kombu's and starts afresh. Whoever stores a result tries again until shortly
+before the task's time limit.
 To go back: see redis.py and replies.py. For Celery 5.7.
 """
 

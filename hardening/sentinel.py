@@ -4,7 +4,7 @@ What Celery lacks: its sentinel:// waits without end for a Sentinel that hangs, 
 when it dies, and listens for ever to a master that is silent because it is not there any more.
 What this does: RedisBackend, and a result counts as stored when a replica has it, too. A Redis that is no master any
 more, or has lost its replicas, is like one that is away.
-To go back: result_backend = _environment.service_url("REDIS"). For Celery 5.7.
+To go back: result_backend = _redis_url. For Celery 5.7.
 """
 
 import time

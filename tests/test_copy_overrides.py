@@ -95,7 +95,7 @@ def test_a_project_may_have_a_celeryconfig_of_its_own(tmp_path: Path) -> None:
     )
     done = run(sys.executable, "jobs.py", cwd=tmp_path, env={})
     assert done.stdout.startswith("Europe/Paris In force: "), done.stderr
-    assert done.stdout.endswith("queues tasks; without effect, for celeryconfig.py wins: task_default_queue.\n")
+    assert done.stdout.endswith("queues tasks; without effect, for celerybase.py wins: task_default_queue.\n")
 
 
 def test_a_settings_object_that_loses_is_named(tmp_path: Path) -> None:
