@@ -129,9 +129,13 @@ for each in (on_open, within_limit):  # both stand in settings, which a worker s
 
 
 def _patience(connection: Any) -> float:
-    """Return the seconds to wait for an answer: what is left of the call, and of a cluster's each server its share."""
-    left = _until.get() - time.monotonic()
-    return min(LIMIT / max(len(connection.client.alt), 1), left if left > 0 else LIMIT)
+    """Return the seconds to wait for an answer: what is left of the call, and of a cluster's each server its share.
+
+    It is one at least, or the last attempt would end without the answer that says why.
+    """
+    until = _until.get()
+    left = max(until - time.monotonic(), SLICE) if until else LIMIT
+    return min(LIMIT / max(len(connection.client.alt), 1), left)
 
 
 def _give_up(connection: Any, seconds: float) -> None:
