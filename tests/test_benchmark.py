@@ -125,6 +125,7 @@ def test_get_of_a_group_does_not_sleep_before_it_listens(redis_stack: Stack, mon
     assert [seconds for seconds in slept if seconds] == []
 
 
+@pytest.mark.slow
 def test_a_client_does_not_grow_with_the_results_that_it_has_fetched(stack: Stack) -> None:
     """Each batch is read when it is complete."""
     tasks = stack.load("tasks")

@@ -216,6 +216,7 @@ def test_from_redis_as_the_broker(redis_stack: Stack, tmp_path: Path) -> None:
     assert _results(redis_stack, waiting) == waiting
 
 
+@pytest.mark.slow
 def test_from_an_older_version(redis_stack: Stack, tmp_path: Path) -> None:
     """Its exchange is of the type topic, and its countdowns wait in celery_delayed queues; the queue keeps its name."""
     code = STOCK.replace('"mail"', '"tasks"') + OLDER

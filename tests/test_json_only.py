@@ -237,6 +237,7 @@ def malformed(rng: random.Random) -> tuple[bytes, dict[str, Any] | None, dict[st
     return body, rng.choice([None, *[headers] * 30]), properties
 
 
+@pytest.mark.slow
 def test_a_thousand_malformed_messages_leave_the_worker_alive_and_nothing_else_lost(stack: Stack) -> None:
     tasks, rng = stack.load("tasks"), random.Random(SEED)
     results = []
