@@ -25,7 +25,6 @@ TASKS = 1000
 AWAY = 20  # seconds for which a server is away, or a network cut
 MINUTES, RATE, EXPIRES = 10, 20, 240  # with --load: so many tasks a second, seconds until a result expires
 
-
 Break = Callable[[Stack], None]
 
 
@@ -59,11 +58,12 @@ def cut_off(*networks: str) -> Break:
     """Take the worker off networks for a while; packets vanish."""
 
     def inject(stack: Stack) -> None:
-        for change in ("disconnect", "connect"):
-            for network in networks:
-                stack.run("docker", "network", change, f"{stack.project}_{network}", stack.containers("worker")[0])
-            if change == "disconnect":
-                time.sleep(AWAY)
+        worker = stack.containers("worker")[0]
+        for network in networks:
+            stack.run("docker", "network", "disconnect", f"{stack.project}_{network}", worker)
+        time.sleep(AWAY)
+        for network in networks:
+            stack.run("docker", "network", "connect", f"{stack.project}_{network}", worker)
 
     return inject
 
