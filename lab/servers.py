@@ -27,6 +27,17 @@ from lab.stack import ROOT as ROOT
 from lab.stack import STORES as STORES
 
 TAKEN = "taken"  # the key that marks a Redis database as somebody's own
+# In one step, and without a connection to a database that somebody else counts connections and commands in.
+TAKE = """
+for database = ARGV[1] - 1, 1, -1 do
+  redis.call('SELECT', database)
+  if redis.call('DBSIZE') == 0 then
+    redis.call('SET', KEYS[1], '1', 'EX', 3600)
+    return database
+  end
+end
+return 0
+"""
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout: float = 120.0, interval: float = 0.05) -> Any:
@@ -104,15 +115,12 @@ def _redis_admin(url: str) -> redis.Redis:
 
 def free_redis_database(url: str) -> str:
     """Return the URL of an empty Redis database, marked as taken."""
-    parts = urlsplit(url)
     with _redis_admin(url) as client:
         databases = int(client.config_get("databases")["databases"])
-    for database in range(databases - 1, 0, -1):
-        candidate = parts._replace(path=f"/{database}").geturl()
-        with _redis_admin(candidate) as client:
-            if client.dbsize() == 0 and client.set(TAKEN, "1", nx=True, ex=3600):
-                return candidate
-    raise RuntimeError(f"every Redis database from 1 to {databases - 1} has keys in it")
+        taken = client.eval(TAKE, 1, TAKEN, databases)
+    if not taken:
+        raise RuntimeError(f"every Redis database from 1 to {databases - 1} has keys in it")
+    return urlsplit(url)._replace(path=f"/{taken}").geturl()
 
 
 @dataclass(frozen=True)
