@@ -5,14 +5,13 @@ the stores differ. Workers of the same store run beside it, which lab/compare.py
 
   python -m lab.behaviours NAME    observe one with the store of RESULT_STORE
 
-That process knows tasks.py, as every client does. What else the workers know, lab/compare_tasks.py, it calls by name.
+That process knows tasks.py, as every client does. What else the workers know, lab/more_tasks.py, it calls by name.
 """
 
 import os
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from celery import chain, chord, group, states
@@ -22,7 +21,7 @@ from celery.result import GroupResult
 
 import witness
 from hardening.environment import service_url
-from lab.servers import wait_until
+from lab.servers import run, wait_until
 from tasks import add, app, count_words, fetch_price, import_rows, log_visit, nap, total
 
 TIMEOUT = 300.0  # seconds; what takes longer could not be observed
@@ -66,17 +65,15 @@ def eight_threads() -> str:
 
 def another_process() -> str:
     """Read it from another process."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # not forked, so that it has nothing of this one's
-        return process.submit(_read, _add_unread().id).result()
+    return _elsewhere("_read", _add_unread().id)
 
 
 def producer_exits() -> str:
     """The producer exits before the result is ready, then another process asks."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as producer:
-        result = producer.submit(nap.delay, 5).result()
-    if result.ready():
+    task_id = _elsewhere("_leave")
+    if app.AsyncResult(task_id).ready():
         raise TimeoutError("the result was ready before the producer had exited")
-    return _read(result.id, patience=15)
+    return _read(task_id, patience=15)
 
 
 def poll_state() -> str:
@@ -119,14 +116,14 @@ def revoke() -> str:
 
 def known_exception() -> str:
     """A task fails with a custom exception, and the client knows its class."""
-    from lab.compare_tasks import order
+    from lab.more_tasks import order
 
     return str(order.delay("tea", 3).get(timeout=TIMEOUT))
 
 
 def unknown_exception() -> str:
     """The same, and the client does not know the class."""
-    return str(app.send_task("lab.compare_tasks.order", ("tea", 3)).get(timeout=TIMEOUT))
+    return str(app.send_task("lab.more_tasks.order", ("tea", 3)).get(timeout=TIMEOUT))
 
 
 def ignore_result() -> str:
@@ -137,7 +134,7 @@ def ignore_result() -> str:
 
 def replace() -> str:
     """A task replaces itself with another one, `self.replace(...)`."""
-    return _read(app.send_task("lab.compare_tasks.add_by_another", (2, 3)).id, patience=5)
+    return _read(app.send_task("lab.more_tasks.add_by_another", (2, 3)).id, patience=5)
 
 
 def megabyte() -> str:
@@ -221,6 +218,16 @@ def _add_unread(**options: Any) -> Any:
     return result
 
 
+def _elsewhere(what: str, *arguments: str) -> str:
+    """Return what a function of this module returns in a process of its own, which then exits."""
+    return run(sys.executable, "-m", "lab.behaviours", what, *arguments, env={}, timeout=TIMEOUT).stdout.strip()
+
+
+def _leave() -> str:
+    """Queue a task that runs for a while, and return its id."""
+    return str(nap.delay(5).id)
+
+
 def _stored(*results: Any) -> int:
     """Return how many of this process's results the witness sees: keys in Redis, or messages on its reply queue."""
     if os.environ["RESULT_STORE"] == "redis":
@@ -256,7 +263,7 @@ def _describe(exc: BaseException) -> str:
 
 if __name__ == "__main__":
     try:
-        print(globals()[sys.argv[1]]())
+        print(globals()[sys.argv[1]](*sys.argv[2:]))
     except (TimeoutError, ResultTimeout, OperationalError, witness.ServerError) as exc:  # nothing was seen
         sys.exit(f"{os.environ['RESULT_STORE']}: could not be observed: {_describe(exc)}")
     except Exception as exc:  # whatever it is, it is what was seen

@@ -45,12 +45,6 @@ TIMEOUT = 1_200.0  # seconds for what takes a client half a minute at most
 STARTED = time.monotonic()
 
 
-class DefaultWorker(Worker):
-    """A worker as Celery starts it by default: it looks for its neighbours first."""
-
-    LEAN = ()
-
-
 def measure(sizes: dict[str, Any]) -> dict[str, Any]:
     """Measure everything. Raises OSError, RuntimeError, redis.RedisError or subprocess.TimeoutExpired."""
     with own_servers("redis", "benchmark") as own:
@@ -84,7 +78,7 @@ def measure_once(what: str, store: str, kind: str, sizes: dict[str, Any]) -> dic
         env = {**own.env, "REDIS_URL": as_admin(own.redis_url), "REDIS_PASSWORD": "", "RABBITMQ_PASSWORD": ""}
         env["BENCHMARK_SETTINGS"] = kind
         started = time.monotonic()
-        worker = (DefaultWorker if kind == DEFAULT else Worker)(log, env=env, app="lab.benchmark_tasks")
+        worker = Worker(log, env=env, app="lab.benchmark_tasks", lean=kind != DEFAULT)
         cleanup.push(worker)
         wait_until(lambda: worker.says(" ready.") or worker.process.poll() is not None, "worker ready", interval=0.01)
         figures = {"worker_ready_s": time.monotonic() - started}

@@ -7,21 +7,20 @@ RESULT_STORE is not read. The exit code is 0 only if every behaviour could be ob
 
 import argparse
 import inspect
-import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import redis
 
 from lab import behaviours
-from lab.servers import ROOT, STORES, OwnServers, Worker, markdown, own_servers
+from lab.servers import STORES, OwnServers, Worker, markdown, own_servers, run
 
-RUN_TIMEOUT = 1200.0  # seconds for everything that the clients observe; on a quiet machine it takes one minute
+RUN_TIMEOUT = 1200.0  # seconds for everything that the clients observe; on a quiet machine it takes two minutes
 NOT_OBSERVED = "NOT OBSERVED"
 SENTENCES = {
     name: (row.__doc__ or "").rstrip(".")
@@ -30,41 +29,21 @@ SENTENCES = {
 }
 WORKERS = {
     # Reserving more than celeryconfig.py allows halves the time that 2,000 short tasks take.
-    "worker": ("--include", "lab.compare_tasks", "--prefetch-multiplier", "32"),
+    "worker": ("--include", "lab.more_tasks", "--prefetch-multiplier", "32"),
     "short-lived": ("-Q", behaviours.SHORT_LIVED, f"result.expires={behaviours.EXPIRES}"),
 }
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    """Kill a client, and the processes that it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def observe(name: str, servers: list[OwnServers], deadline: float) -> list[str]:
-    """Observe a behaviour with each store at the same time, in clients that are killed when that is over."""
-    with ExitStack() as cleanup:
-        clients = []
-        for own in servers:
-            clients.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "lab.behaviours", name],
-                    cwd=ROOT,
-                    env={**os.environ, **own.env},
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    start_new_session=True,
-                )
-            )
-            cleanup.enter_context(clients[-1])
-            cleanup.callback(kill, clients[-1])
-        cells = []
-        for client in clients:
-            try:
-                cells.append(client.communicate(timeout=deadline - time.monotonic())[0].strip() or NOT_OBSERVED)
-            except subprocess.TimeoutExpired:
-                cells.append(NOT_OBSERVED)
-        return cells
+def observe(name: str, own: OwnServers, deadline: float) -> str:
+    """Observe a behaviour with one store, in a client that is killed when that takes too long."""
+    try:
+        client = run(
+            sys.executable, "-m", "lab.behaviours", name, env=own.env, timeout=max(1.0, deadline - time.monotonic())
+        )
+    except subprocess.TimeoutExpired:
+        return NOT_OBSERVED
+    print(client.stderr, end="", file=sys.stderr)
+    return client.stdout.strip() or NOT_OBSERVED
 
 
 def compare() -> tuple[str, list[list[str]]]:
@@ -80,7 +59,7 @@ def compare() -> tuple[str, list[list[str]]]:
         rows = []
         for name, sentence in SENTENCES.items():
             print(f"{sentence} ...", file=sys.stderr)
-            rows.append([sentence, *observe(name, servers, deadline)])
+            rows.append([sentence, *(observe(name, own, deadline) for own in servers)])
         return ", ".join(f"{name} {version}" for name, version in servers[0].versions().items()), rows
 
 

@@ -26,7 +26,7 @@ from kombu.exceptions import OperationalError
 from redis import RedisError
 
 from hardening.publishing import NotPlaced, together
-from lab.fault_tasks import add_up, app, poison, work
+from lab.more_tasks import add_up, app, poison, work
 
 GET_TIMEOUT = 5.0  # seconds that one get() may take
 PATIENCE = 60.0  # seconds without any result after which the rest counts as lost

@@ -3,7 +3,6 @@
 docker compose run --rm -T -e FORCE_COLOR=1 producer | python -m lab.picture > docs/tour.svg
 """
 
-import html
 import io
 import re
 import sys
@@ -20,11 +19,6 @@ def draw(printed: str, title: str) -> str:
     console.print(Text.from_ansi(printed))
     # No font from elsewhere: a page that shows the picture asks no other server.
     return re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title), flags=re.DOTALL)
-
-
-def text(picture: str) -> str:
-    """Return the text that a picture shows, without spaces."""
-    return re.sub(r"\s", "", html.unescape("".join(re.findall(r"<text[^>]*>([^<]*)</text>", picture))))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from celery import uuid
 
 from hardening import sentinel
 from hardening.publishing import together
-from lab.fault_tasks import app, work
+from lab.more_tasks import app, work
 from lab.servers import clocked
 
 TIMEOUT = 120.0  # seconds for a result

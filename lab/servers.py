@@ -188,14 +188,16 @@ def run(
 class Worker:
     """A real worker process with a prefork pool, in a process group of its own."""
 
-    LEAN: tuple[str, ...] = ("--without-mingle", "--without-gossip")  # as in docker-compose.yml
-
-    def __init__(self, log: Path, *options: str, env: dict[str, str], cwd: Path = ROOT, app: str = "tasks") -> None:
+    def __init__(
+        self, log: Path, *options: str, env: dict[str, str], cwd: Path = ROOT, app: str = "tasks", lean: bool = True
+    ) -> None:
+        """Start it. lean: as in docker-compose.yml, without a look for its neighbours."""
         self.log = log
         command = ["celery", "-A", app, "-q", "worker", "-l", "INFO", "-c", "2", *options]
+        command += ["--without-mingle", "--without-gossip"] * lean
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [*command, *self.LEAN, "-n", f"{log.stem}@%h"],
+                [*command, "-n", f"{log.stem}@%h"],
                 cwd=cwd,
                 env={**os.environ, **env, "PYTHONUNBUFFERED": "1"},
                 stdout=output,

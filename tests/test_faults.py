@@ -9,7 +9,7 @@ from tests.conftest import Stack
 
 def test_the_client_fetches_all_that_it_queues(stack: Stack) -> None:
     """Single tasks, a group and, where there are any, a chord; and one that kills its process."""
-    with Worker(stack.logs / "w.log", "--include", "lab.fault_tasks", env=stack.env):
+    with Worker(stack.logs / "w.log", "--include", "lab.more_tasks", env=stack.env):
         done = run(sys.executable, "-m", "lab.fault_client", "poison", "50", env=stack.env)
         said = [json.loads(line) for line in done.stdout.splitlines()]
         report = said[-1]
@@ -23,7 +23,7 @@ def test_the_client_of_the_scale_run_measures(stack: Stack) -> None:
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
-    with Worker(stack.logs / "w.log", "--include", "lab.fault_tasks", "-Q", "tasks,imports", env=stack.env):
+    with Worker(stack.logs / "w.log", "--include", "lab.more_tasks", "-Q", "tasks,imports", env=stack.env):
         begins, spread = measured("spread", 20, "tasks,imports")
         assert begins == {"begins": 20}
         assert spread["spread"] > 0 < spread["cpu"]

@@ -32,12 +32,6 @@ print([result.get(timeout=90) for result in results] == list(range(100)))
 """
 
 
-class FullWorker(Worker):
-    """With mingle and gossip, as Celery starts a worker by itself."""
-
-    LEAN = ()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     copy_settings(tmp_path)
@@ -61,7 +55,7 @@ def test_it_runs_a_hundred_tasks_and_ends(stack: Stack, folder: Path, options: t
     env = {**stack.env, "PYTHONPATH": ""}
     if "gevent" in options:
         pytest.importorskip("gevent")
-    with FullWorker(folder / "w.log", *options, cwd=folder, app="jobs", env=env) as worker:
+    with Worker(folder / "w.log", *options, cwd=folder, app="jobs", env=env, lean=False) as worker:
         done = run(sys.executable, "-c", CLIENT, cwd=folder, env=env, timeout=110)
         assert done.stdout == "True\n", done.stderr
         if options[:2] == ("-P", "gevent"):
