@@ -122,7 +122,7 @@ ANNOUNCED: dict[Callable[[], object], str] = {
     ignored: "None",
     where: "42",
 }
-REFUSED = {  # by a result backend that cannot do it; what to do instead
+REFUSED = {  # steps that a result backend may refuse, and what to do instead
     chord: "Somebody has to count the finished parts, and a queue of messages cannot.\n"
     "Instead: total.delay(group(...)().get(timeout=30)), or RESULT_STORE=redis.",
 }
@@ -213,18 +213,18 @@ def outcome(came_back: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time to read."""
+    """Return a time in a readable form."""
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
 def in_a_new_process(step: Callable[[], object]) -> object:
-    """Run a step in a process of its own, whose reply queue nobody reads yet: so the witness finds the result there."""
+    """Run a step in its own process, whose reply queue nobody reads yet: the witness then finds the result there."""
     with ProcessPoolExecutor(1) as process:
         return process.submit(step).result()
 
 
 def run_step(number: int, step: Callable[[], object]) -> str:
-    """Run one step, print it, and return "ended" or "refused" when it ended as announced, and "failed" when not."""
+    """Run one step and print it. Return "ended" or "refused" if it ended as announced, otherwise "failed"."""
     console.print(f"\n{number:2}. {step.__name__}: {step.__doc__}", style="bold")
     say(code(step), style="cyan")
     started = time.perf_counter()
@@ -264,7 +264,7 @@ def check_servers() -> None:
         time.sleep(0.1)
     for name, settings in (app.control.inspect(timeout=2.0, limit=1).conf() or {}).items():
         theirs, ours = (str(url).partition("://")[0] for url in (settings["result_backend"], app.conf.result_backend))
-        if theirs != ours:  # the worker hides what follows: there is a password in it
+        if theirs != ours:  # the worker hides the rest, because it contains a password
             raise witness.Refused(
                 f"{name} puts its results elsewhere: it was started with another RESULT_STORE than this producer. "
                 "Set the same one for both."
@@ -272,7 +272,7 @@ def check_servers() -> None:
 
 
 def print_next_commands() -> None:
-    """Say what to open and to try after the tour."""
+    """Say what to open and try after the tour."""
     console.print("\nWhat next?", style="bold")
     store = result_store()
     other = "redis" if store == "rabbitmq" else "rabbitmq"

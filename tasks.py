@@ -1,4 +1,4 @@
-"""The tasks of the demo, one for each thing that a result can be.
+"""The tasks of the demo, one for each kind of result.
 
 Start a worker with ``celery -A tasks worker``.
 """
@@ -21,7 +21,7 @@ def add(x: float, y: float) -> float:
     return x + y
 
 
-# throws: an error that callers expect is logged in one line, without a traceback.
+# throws: errors that callers expect are logged in one line, without a traceback.
 @app.task(throws=(ZeroDivisionError,))
 def divide(x: float, y: float) -> float:
     """Return x / y: the result may be an exception, which get() raises in the caller."""
@@ -31,13 +31,13 @@ def divide(x: float, y: float) -> float:
 # autoretry_for names the errors that go away by themselves; any other error fails the task at once.
 @app.task(bind=True, autoretry_for=(ConnectionError,), retry_backoff=True, retry_jitter=False, max_retries=3)
 def fetch_price(self: "Task[..., float]", product: str) -> float:  # celery-audit: ignore[CEL009], to tell the delays
-    """Ask a shop that is down for the first two times: the result comes after two retries, 1 and 2 s later."""
+    """Ask a shop that does not answer the first two times: the result comes after two retries, 1 and 2 s later."""
     if self.request.retries < 2:
         raise ConnectionError(f"the shop does not answer (attempt {self.request.retries + 1})")
     return 9.5 * len(product)
 
 
-# track_started: STARTED is written when the task begins. It doubles the writes of a quick task, so long ones only.
+# track_started: writes STARTED when the task begins. That doubles the writes of a quick task, so use it for long ones.
 @app.task(bind=True, track_started=True)
 def import_rows(self: "Task[..., int]", total: int) -> int:
     """Import rows, a tenth of a second each, and report how many of them are done."""

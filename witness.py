@@ -1,6 +1,6 @@
 """The independent witnesses: pika and redis-py look into RabbitMQ and Redis behind Celery's back.
 
-The producer shows with them where a result really is, and checks the servers; the tests compare.
+The producer uses them to show where a result really is and to check the servers; the tests compare what they see.
 """
 
 import json
@@ -17,7 +17,7 @@ import pika.exceptions
 import redis
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
-TIMEOUT = 5.0  # seconds that a server has for its answer
+TIMEOUT = 5.0  # seconds that a server has to answer
 
 
 class ServerError(Exception):
@@ -29,7 +29,7 @@ class Unreachable(ServerError):
 
 
 class Refused(ServerError):
-    """The server answers, and refuses the user, the password or the virtual host."""
+    """The server answers, but refuses the user, the password or the virtual host."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def find_reply_queue(url: str, name: str) -> ReplyQueue | None:
 
 
 def count_consumers(url: str, queue: str) -> int:
-    """Return how many workers consume from a queue; 0 also when there is no such queue. Raises ServerError."""
+    """Return how many workers consume from a queue, 0 if there is no such queue. Raises ServerError."""
     with rabbitmq_channel(url) as channel:
         try:
             return int(channel.queue_declare(queue, passive=True).method.consumer_count)
