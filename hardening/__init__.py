@@ -1,6 +1,6 @@
-"""What Celery lacks, for the settings in celeryconfig.py: a module for each, copied whole and replaced whole.
+"""What Celery lacks for the settings in celeryconfig.py: one module per gap. Copy and replace the folder as a whole.
 
-Put the folder where your workers and clients import from, beside celeryconfig.py. Nothing in it knows the demo.
+Put it where your workers and clients can import it, beside celeryconfig.py. Nothing in it depends on the demo.
 The first lines of each module say what Celery lacks, what the module does, and how to go back.
 """
 

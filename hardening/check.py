@@ -1,12 +1,12 @@
-"""Say what of this app would clash with what a broker has already, and what still waits in old queues.
+"""Say what in this app would clash with what a broker already has, and what still waits in old queues.
 
     python -m hardening.check -A jobs [-Q queue,queue] [--old queue,queue] [--old-broker redis://HOST:PORT/0]
 
 What Celery lacks: a queue or an exchange that exists in another form cannot be declared (PRECONDITION_FAILED). Celery
-says so when worker and client start, and not what to do.
-What this does: it declares what exists already, and only that, which changes nothing. One line for each queue, and for
-each exchange that clashes. It needs the rights of the app's own user. The exit code is 1 when something clashes, and 2
-when the broker does not answer.
+says so only when worker and client start, and does not say what to do.
+What this does: it declares only what already exists, which changes nothing, and prints one line for each queue and for
+each exchange that clashes. It needs only the rights of the app's own user. The exit code is 1 when something clashes,
+and 2 when the broker does not answer.
 To go back: nothing depends on this module. For Celery 5.7.
 """
 

@@ -1,8 +1,8 @@
 """Compressed messages and results, inflated to a bounded size.
 
-What Celery lacks: kombu inflates what comes before anything is checked, and 1.5 MB can become gigabytes, in the worker
+What Celery lacks: kombu inflates data before anything is checked, and 1.5 MB can become gigabytes, in the worker
 and in the next one that gets the message.
-What this does: the same methods, which refuse what inflates to more than LIMIT.
+What this does: the same compression methods refuse anything that inflates to more than LIMIT.
 To go back: leave out the import in __init__.py. For kombu 5.7.
 """
 

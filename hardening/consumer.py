@@ -1,12 +1,12 @@
-"""The worker's consumer of tasks: it refuses a message that is no task with one line, and goes on with the next one.
+"""The worker's consumer of tasks: it refuses a message that is no task, logs one line, and goes on with the next one.
 
-What Celery lacks: some of these messages it puts into the log as a whole. At others it ends, and RabbitMQ gives the
-message to the next worker, which ends, too: a missing content type is enough, or a time limit that is no pair.
-What this does: each message is checked before Celery sees it. What is no task is put into the dead-letter queue, and
-so is one that RabbitMQ delivers again and again (dead_letters.py). A task that is not due is parked (delays.py), and
-the loop never waits for the result store (request.py). Who waits for what is refused gets a failure. Control queues of
-later connections have names of their own, add_consumer makes the queues that -Q makes, and a loop for greenlets does
-not wait a tenth of a second for a heartbeat after each message.
+What Celery lacks: it logs some of these messages in full. Others end the worker, and RabbitMQ gives the message to the
+next worker, which ends, too: a missing content type is enough, or a time limit that is no pair.
+What this does: it checks each message before Celery sees it. A message that is no task goes into the dead-letter queue,
+and so does one that RabbitMQ delivers again and again (dead_letters.py). A task that is not due is parked (delays.py),
+and the loop never waits for the result store (request.py). Whoever waits for a refused task gets a failure. Control
+queues of later connections have names of their own, add_consumer creates the same queues as -Q, and with greenlets the
+loop does not wait a tenth of a second for a heartbeat after each message.
 To go back: leave out worker_consumer, as delays.py says. For Celery 5.7.
 """
 

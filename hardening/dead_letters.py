@@ -1,13 +1,13 @@
 """List the messages that no worker could handle, and send them back to their queues.
 
-What Celery lacks: RabbitMQ drops a task in silence when it was delivered 20 times, because its worker ended each time
-or because it rejects itself; and a message that is refused is gone.
-What this does: the worker puts both into one quorum queue, the default queue's name with ".dead", and stores a failure
-for who waits. This command reads celeryconfig.py, as a worker does.
+What Celery lacks: RabbitMQ silently drops a task after 20 deliveries, when its worker ended each time or the task
+rejects itself; and a refused message is gone.
+What this does: the worker puts both into one quorum queue, the default queue's name plus ".dead", and stores a failure
+for whoever waits. This command reads celeryconfig.py, as a worker does.
 To go back: leave out worker_consumer, as delays.py says. For Celery 5.7.
 
-  python -m hardening.dead_letters                   what is in it
-  python -m hardening.dead_letters send-back         all of it goes back; or, with IDs, these tasks
+  python -m hardening.dead_letters                   lists what is in it
+  python -m hardening.dead_letters send-back         sends all of it back; or, with IDs, only these tasks
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Tasks with a countdown or an eta wait in RabbitMQ, in no worker, and come back to the queue they were sent to.
+"""Tasks with a countdown or an eta wait in RabbitMQ, not in a worker, and come back to the queue they were sent to.
 
-What Celery lacks: either a worker holds them, and a few block it, or 28 queues of RabbitMQ do. Then a retry leaves its
-queue, a delay below a second fails, a queue gets those of another whose name ends alike, and one misspelt queue stops
-all of them.
-What this does: such a task is put into a queue that belongs to its own queue and to one delay, and from which RabbitMQ
-returns it when it is due. The client does that (publishing.py); a worker does it with a task that it gets too early,
-from another client, or because its delay is longer than a minute and takes more than one such queue. For apps with this
+What Celery lacks: either a worker holds them, and a few of them block it, or 28 RabbitMQ queues do. Then a retry leaves
+its queue, a delay below a second fails, a queue gets the tasks of another whose name ends alike, and one misspelt queue
+stops all of them.
+What this does: such a task goes into a delay queue, one for each task queue and delay, from which RabbitMQ returns it
+when it is due. The client does that (publishing.py); a worker does it with a task that it gets too early, from another
+client, or because its delay is longer than a minute and takes more than one delay queue. For apps with this
 worker_consumer, detect_quorum_queues and Task.signature_from_request are replaced.
 To go back: leave out worker_consumer and task_default_exchange, and set task_default_exchange_type and
 task_create_missing_queue_exchange_type to "topic", on queues with new names. For Celery 5.7.

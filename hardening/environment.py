@@ -1,8 +1,8 @@
 """What celeryconfig.py reads from the environment: URLs, passwords and the result store, checked.
 
-What Celery lacks: it takes a URL as it comes, reads no password from a file, and lets environment variables of its own
-win over the settings, in some processes only.
-What this does: a value that cannot work ends the process with one line that says how to mend it.
+What Celery lacks: it does not check a URL, reads no password from a file, and lets environment variables of its own
+override the settings, in some processes only.
+What this does: a value that cannot work ends the process with one line that says how to fix it.
 To go back: write the values into celeryconfig.py. For Celery 5.7.
 """
 

@@ -1,7 +1,7 @@
-"""The worker sends its events, which Flower shows, twice a second together and not one by one.
+"""The worker sends its events, which Flower shows, together twice a second, not one by one.
 
 What Celery lacks: its main process sends two or three messages for each task, one by one.
-What this does: it sends one message each half second, with all events in it. They are not confirmed: see
+What this does: the worker sends one message every half second, with all events in it. They are not confirmed: see
 Consumer.connection_for_write.
 To go back: leave out worker_consumer, as delays.py says. For Celery 5.7.
 """

@@ -1,8 +1,8 @@
 """TLS to several RabbitMQ nodes, each with its own name in its certificate.
 
-What Celery lacks: kombu writes the name of the first node into broker_use_ssl, which all connections share, and checks
-the certificates of the others against it. It also checks localhost's against 127.0.0.1.
-What this does: each connection is checked against the name of the node that it goes to.
+What Celery lacks: kombu writes the first node's name into broker_use_ssl, which all connections share, and checks the
+other nodes' certificates against it. It also checks localhost's certificate against 127.0.0.1.
+What this does: each connection is checked against the name of the node that it connects to.
 To go back: take "server_hostname" out of broker_use_ssl. For Celery 5.7.
 """
 

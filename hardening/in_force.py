@@ -1,9 +1,9 @@
-"""One line at the worker's start: which broker, result store and queues are in force, and what is not as in the file.
+"""One line at the worker's start: which broker, result store and queues are in force, and what differs from the file.
 
-What Celery lacks: app.conf.update() after celeryconfig.py silently wins over it, and a settings object (Django's, a
-dictionary) that says the same silently loses.
-What this does: names both kinds of settings, without their values, a serializer that nobody accepts, and a default
-queue that nobody consumes. URLs are shown without their passwords.
+What Celery lacks: app.conf.update() after celeryconfig.py silently overrides it, and the same settings in a settings
+object (Django's, a dictionary) are silently overridden.
+What this does: it names both kinds of settings, without their values, a serializer that nobody accepts, and a default
+queue that nobody consumes from. URLs are shown without their passwords.
 To go back: leave out worker_consumer, as delays.py says. For Celery 5.7.
 """
 

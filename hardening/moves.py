@@ -1,9 +1,9 @@
-"""The worker puts a message into another queue, and never waits for it in its loop.
+"""The worker puts a message into another queue, and its loop never waits for that.
 
 What Celery lacks: a worker can acknowledge or reject a message, but not put it elsewhere without the risk of losing it.
 What this does: one thread beside the loop publishes the message over a connection of its own, and acknowledges the
-original once RabbitMQ has confirmed the copy. A connection of its own, because RabbitMQ blocks one that publishes while
-its memory is short, and the worker could acknowledge nothing more. A fork waits up to a second for that thread.
+original once RabbitMQ has confirmed the copy. It needs its own connection because RabbitMQ blocks one that publishes
+while memory is short, and the worker could then acknowledge nothing. A fork waits up to a second for that thread.
 To go back: leave out worker_consumer, as delays.py says. For Celery 5.7.
 """
 

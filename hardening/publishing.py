@@ -1,9 +1,9 @@
-"""Publishing that ends, and publishing many tasks with one wait.
+"""Publishing with a deadline, and publishing many tasks with one wait.
 
 What Celery lacks: delay() waits without end when RabbitMQ is frozen or blocks publishers, and confirms take a round
-trip for each task. RabbitMQ drops an expired task in silence, so that it stays PENDING.
-What this does: each call ends after LIMIT, with OperationalError, also where RabbitMQ has no such queue:
-Celery.send_task is wrapped, and each connection gets a channel of our kind. Tasks that are sent in a block of
+trip for each task. RabbitMQ silently drops an expired task, so it stays PENDING.
+What this does: each call ends after LIMIT with OperationalError, also where RabbitMQ has no such queue:
+Celery.send_task is wrapped, and each connection uses our own channel class. Tasks that are sent in a block of
 together() are confirmed together. An expired task still reaches a worker, which stores REVOKED. librabbitmq is not
 looked for.
 To go back: leave out on_open in broker_transport_options, and errback in _attempts. For Celery 5.7.

@@ -1,8 +1,8 @@
 """The worker says whether it consumes, and refuses to start with a wrong password.
 
 What Celery lacks: a health check that costs nothing. celery inspect ping starts a process, and says that the worker
-answers, not that it consumes; and a worker with a wrong password tries again for ever, with a traceback each time.
-What this does: the worker touches the file that WORKER_READY_FILE names, and ends with one line when it is refused.
+answers, not that it consumes. A worker with a wrong password tries again for ever, with a traceback each time.
+What this does: the worker touches the file that WORKER_READY_FILE names, and ends with one line if it is refused.
 To go back: leave out worker_consumer, as delays.py says. For Celery 5.7.
 """
 

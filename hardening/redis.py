@@ -1,8 +1,8 @@
 """A redis:// result backend for a Redis that may be away for a while.
 
 What Celery lacks: it queues no task while Redis is away, hears nothing more after five seconds without Redis, never
-ends a chord whose part could not be counted, and shows states twice, backwards, or those of other tasks.
-What this does: the client subscribes in get() and connects anew, the worker stores in one round trip and tries again.
+ends a chord if one of its parts could not be counted, and shows states twice, backwards, or those of other tasks.
+What this does: the client subscribes in get() and reconnects; the worker stores in one round trip and tries again.
 A client's calls end with kombu.exceptions.OperationalError when Redis is away, as delay() does without RabbitMQ.
 To go back: result_backend = _redis_url. For Celery 5.7.
 """

@@ -2,7 +2,7 @@
 
 What Celery lacks: the reply queue is deleted, results and all, when RabbitMQ stops, its reader reconnects once, and
 each thread has a queue of its own.
-What this does: a durable queue for each process, and a reader that connects anew whenever somebody waits.
+What this does: a durable queue for each process, and a reader that reconnects whenever somebody waits.
 To go back: result_backend = "rpc://". For Celery 5.7.
 """
 

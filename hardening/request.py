@@ -1,11 +1,11 @@
 """The worker's main process never waits for the result store.
 
 What Celery lacks: when a task is revoked, expired, timed out, or lost with its process, the main process stores that
-itself, in its event loop. While the store is away it takes no task, answers nobody and does not end. And the retry of
-a lost task comes after three minutes.
-What this does: these outcomes are stored by one thread beside the loop, and the message is acknowledged after that. If
-the store is away, the message goes back to its queue for a while. The retry is the message itself, 5 seconds later
-unless the task has a default_retry_delay. The command revoke is replaced.
+itself, in its event loop. While the store is away, it takes no tasks, answers nobody and does not stop. And a lost task
+is retried only after three minutes.
+What this does: one thread beside the loop stores these outcomes, and acknowledges the message after that. If the store
+is away, the message goes back to its queue for a while. The retry is the message itself, 5 seconds later unless the
+task has a default_retry_delay. The command revoke is replaced.
 To go back: leave out worker_consumer, as delays.py says. For Celery 5.7.
 """
 

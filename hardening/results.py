@@ -1,10 +1,10 @@
-"""What both result backends share: one client for a process, whatever runs in it.
+"""What both result backends share: one client per process, whatever runs in it.
 
-What Celery lacks: each thread has a backend and a reply queue of its own, a forked process goes on with its parent's,
-and the states that one thread waits for reach the on_message of another. In the worker, waiting for the store takes
-longer than the task may.
-What this does: a process has one backend. One thread reads for all that wait, and each of them hears its own tasks. A
-forked process drops all connections of kombu's and starts afresh. Whoever stores a result tries again until shortly
+What Celery lacks: each thread has a backend and a reply queue of its own, a forked process keeps using its parent's,
+and the states that one thread waits for reach the on_message of another. In the worker, waiting for the store can
+exceed the task's time limit.
+What this does: a process has one backend. One thread reads for all waiting callers, and each hears only its own tasks.
+A forked process drops all of kombu's connections and starts afresh. Whoever stores a result tries again until shortly
 before the task's time limit.
 To go back: see redis.py and replies.py. For Celery 5.7.
 """

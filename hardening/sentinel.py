@@ -1,9 +1,9 @@
 """A result backend for the Redis that Sentinels choose.
 
-What Celery lacks: its sentinel:// waits without end for a Sentinel that hangs, loses what the master has not yet copied
-when it dies, and listens for ever to a master that is silent because it is not there any more.
-What this does: RedisBackend, and a result counts as stored when a replica has it, too. A Redis that is no master any
-more, or has lost its replicas, is like one that is away.
+What Celery lacks: its sentinel:// waits without end for a Sentinel that hangs, loses what the master had not yet copied
+when it dies, and listens for ever to a master that is silent because it is gone.
+What this does: as RedisBackend, but a result counts as stored only when a replica has it, too. A Redis that is no
+longer master, or has lost its replicas, is treated like one that is away.
 To go back: result_backend = _redis_url. For Celery 5.7.
 """
 
