@@ -11,6 +11,7 @@ To go back: leave out on_open in broker_transport_options, and errback in _attem
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from itertools import takewhile
-from threading import get_ident
 from types import MethodType
 from typing import Any
 
@@ -379,13 +379,13 @@ class _Block:
     """What one block of together() has sent."""
 
     def __init__(self) -> None:
-        self.owner: tuple[int, int] | None = (os.getpid(), get_ident())
+        self.owner: tuple[int, int] | None = (os.getpid(), threading.get_ident())
         self.lines: dict[tuple[Any, ...], _Line] = {}
         self.not_placed: dict[str, str] = {}  # ids of tasks, and why
 
     def mine(self) -> bool:
         """Tell whether the caller is in the block: a thread, a fork or a later asyncio task may have a copy only."""
-        return self.owner == (os.getpid(), get_ident())
+        return self.owner == (os.getpid(), threading.get_ident())
 
     def send(self, client: Any, task: _Task) -> None:
         """Send a task to where a connection goes, but not through it: other threads read from it. Raises NotPlaced."""

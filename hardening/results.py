@@ -19,7 +19,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from threading import get_ident
 from typing import Any
 
 import kombu.pools
@@ -334,7 +333,7 @@ class OneReader(BaseResultConsumer):
             self._turn.wait_for(lambda: not self._is_read() or (wait and wait.has_news()), end - time.monotonic())
             if self._is_read() or (wait and wait.has_news()):
                 return
-            outer, self._reader = self._reader, get_ident()
+            outer, self._reader = self._reader, threading.get_ident()
         try:
             self.read(max(end - time.monotonic(), 0.0))
         except Exception:
@@ -347,7 +346,7 @@ class OneReader(BaseResultConsumer):
 
     def _is_read(self) -> bool:
         """Tell whether another thread reads. A get() inside a then() is in the thread that reads already."""
-        return self._reader not in (None, get_ident())
+        return self._reader not in (None, threading.get_ident())
 
     def _end_reading(self, outer: int | None) -> None:
         with self._turn:

@@ -245,10 +245,12 @@ def test_a_task_waits_for_one_that_it_queues(more: ModuleType) -> None:
     assert [more.app.send_task("more_tasks.waits", (n,)).get(timeout=60) for n in range(9)] == [*range(1, 10)]
 
 
-def test_greenlets_share_one_client(tasks: ModuleType, shared_stack: Stack, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["", "import celeryconfig\n"], ids=["patched first", "settings first"])
+def test_greenlets_share_one_client(tasks: ModuleType, shared_stack: Stack, tmp_path: Path, first: str) -> None:
+    """Also where the settings are imported before gevent patches, as with gunicorn --preload."""
     pytest.importorskip("gevent")
     (tmp_path / "greenlets.py").write_text(
-        "from gevent import monkey; monkey.patch_all()\n"
+        f"{first}from gevent import monkey; monkey.patch_all()\n"
         "import gevent, json, tasks\n"
         "def fetch(n):\n"
         "    return tasks.add.delay(n, 1).get(timeout=60)\n"
@@ -259,6 +261,7 @@ def test_greenlets_share_one_client(tasks: ModuleType, shared_stack: Stack, tmp_
     env = {**shared_stack.env, "PYTHONPATH": str(ROOT)}
     done = run(sys.executable, str(tmp_path / "greenlets.py"), env=env, timeout=110)
     assert json.loads(done.stdout.splitlines()[-1]) == list(range(1, 61)), done.stderr
+    assert "used by another greenlet" not in done.stderr
 
 
 def test_on_message_hears_each_state_of_its_own_task_once_and_in_order(more: ModuleType) -> None:
