@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from uuid import uuid4
 
 from billiard.einfo import ExceptionInfo
-from celery import Celery, bootsteps
+from celery import Celery, bootsteps, signals
 from celery.app.task import Context
 from celery.app.trace import TraceInfo, trace_ok_t
 from celery.concurrency import prefork
@@ -250,7 +250,7 @@ class Consumer(consumer.Consumer):
                 if not self.give_up(message) and not self.park(message):
                     handle(message)
             except MALFORMED as exc:
-                self.refuse(message, exc)
+                self.on_invalid_task(None, message, exc)
 
         return handle_or_refuse
 
@@ -311,6 +311,8 @@ class Consumer(consumer.Consumer):
             partial(self.app.backend.mark_as_failure, headers["id"], exc, request=request, store_result=store),
             store_errors(self),
         )
+        if self.event_dispatcher:
+            self.event_dispatcher.send("task-failed", uuid=headers["id"], exception=repr(exc))
 
     def refuse(self, message: Any, reason: object, failure: Exception | None = None) -> None:
         """Log one line, put the message into the dead-letter queue, and tell the client, if it can be told from it."""
@@ -330,12 +332,15 @@ class Consumer(consumer.Consumer):
         if message.delivery_info.get("exchange") == self.app.control.mailbox.exchange.name:
             logger.error("Refused a command: %.300s", exc)
         else:
-            self.refuse(message, exc)
+            self.on_invalid_task(None, message, exc)
 
     def on_invalid_task(self, body: object, message: Any, exc: Exception) -> None:
         """Refuse what Celery finds, such as a date that is none."""
         self.refuse(message, exc)
+        signals.task_rejected.send(sender=self, message=message, exc=exc)
 
     def on_unknown_task(self, body: object, message: Any, exc: Exception) -> None:
         """Refuse a task that this worker does not know."""
-        self.refuse(message, f"no task is called {exc}", NotRegistered(message.headers["task"]))
+        task_id, name = message.headers["id"], message.headers["task"]
+        self.refuse(message, f"no task is called {exc}", NotRegistered(name))
+        signals.task_unknown.send(sender=self, message=message, exc=exc, name=name, id=task_id)

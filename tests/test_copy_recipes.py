@@ -153,6 +153,48 @@ def test_a_priority_of_queues_is_refused(redis_stack: Stack, project: Path) -> N
     assert "PRECONDITION_FAILED - invalid arg 'x-max-priority'" in done.stderr
 
 
+HEARD = """
+from celery.signals import task_rejected, task_unknown
+
+
+@task_unknown.connect
+def unknown(name, id, exc, message, **kwargs):
+    print(f"heard unknown {name} {id == message.headers['id']} {exc!r}")
+
+
+@task_rejected.connect
+def rejected(message, exc, **kwargs):
+    print(f"heard rejected {message.content_type} {type(exc).__name__}")
+"""
+
+
+REFUSED = """
+from jobs import app
+from kombu.serialization import register
+
+register("plain", str, str, "application/x-plain", "utf-8")
+failed = []
+with app.connection_for_read() as connection:
+    receiver = app.events.Receiver(connection, handlers={"task-failed": failed.append})
+    with receiver.consumer_context() as (connected, *_):
+        app.send_task("jobs.gone").get(timeout=30, propagate=False)
+        app.send_task("jobs.double", (1,), serializer="plain").get(timeout=30, propagate=False)
+        while not failed:
+            connected.drain_events(timeout=30)
+print(failed[0]["exception"])
+"""
+
+
+def test_signals_of_what_is_refused(redis_stack: Stack, project: Path) -> None:
+    """As with Celery's own consumer, for whoever is told by them that workers have older code than clients."""
+    _append(project / "jobs.py", HEARD)
+    with Worker(redis_stack.logs / "refuses.log", "-E", cwd=project, app="jobs", env=redis_stack.env) as worker:
+        assert "'jobs.gone' never registered" in _client(project, redis_stack.env, REFUSED)[-1]
+        wait_until(lambda: worker.says("heard rejected"), "the signals")
+    heard = [line.partition("heard ")[2] for line in worker.log.read_text().splitlines() if "heard " in line]
+    assert heard == ["unknown jobs.gone True KeyError('jobs.gone')", "rejected application/x-plain ContentDisallowed"]
+
+
 FAILS = """
 @app.task
 def fail():
