@@ -21,7 +21,7 @@ TOUCH_INTERVAL = 0.5  # seconds
 def refuse_wrong_passwords(app: Celery) -> None:
     """End the worker with one line when a server refuses it. A server that is down is waited for, as Celery does."""
     with app.connection_for_read() as connection:
-        where = f"RabbitMQ at {connection.host}"
+        where = f"RabbitMQ at {connection.hostname}:{connection.port}"
         user, vhost = connection.userid, connection.virtual_host
         try:
             connection.connect()

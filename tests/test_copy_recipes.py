@@ -43,6 +43,21 @@ def test_tests_need_no_server(project: Path) -> None:
     assert "2 passed" in done.stdout, done.stdout
 
 
+IN_MEMORY = """
+from celery.contrib.testing.worker import start_worker
+from jobs import app, double
+
+app.conf.update(broker_url="memory://", result_backend="cache+memory://")
+with start_worker(app, perform_ping_check=False):
+    print(double.delay(21).get(timeout=10), double.apply_async((4,), countdown=0.2).get(timeout=10))
+"""
+
+
+def test_tests_may_update_the_settings_instead(project: Path) -> None:
+    """The variables are not set: the worker has this folder's consumer, on a broker that has no address."""
+    assert _client(project, {}, IN_MEMORY) == ["42 8"]
+
+
 @pytest.mark.slow
 def test_the_same_worker_with_real_servers(stack: Stack, project: Path) -> None:
     write(project, "conftest.py", "test_jobs.py")
