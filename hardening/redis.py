@@ -39,6 +39,7 @@ class KeyConsumer(OneReader, redis.ResultConsumer):
 
     backend: Any
     _connection_errors: Any
+    _lock_depth: Any
     _pubsub: Any  # the connection that hears announcements; None when it is lost
 
     def __init__(self, *args: Any) -> None:
@@ -142,6 +143,10 @@ class KeyConsumer(OneReader, redis.ResultConsumer):
     def _reconnect(self) -> None:
         """Leave it to read()."""
         self._pubsub = None
+
+    def _is_read(self) -> bool:
+        """Tell whether another thread reads. One that holds the lock, which a then() may do, keeps it from that."""
+        return not self._lock_depth.value and super()._is_read()
 
     def read(self, timeout: float) -> None:
         """Hand out one announcement, or return after timeout, in seconds."""

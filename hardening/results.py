@@ -349,8 +349,10 @@ class OneReader(BaseResultConsumer):
         return self._reader not in (None, threading.get_ident())
 
     def _end_reading(self, outer: int | None) -> None:
+        me = get_ident()
         with self._turn:
-            self._reader = outer
+            if self._reader == me:
+                self._reader = outer if outer == me else None
             self._turn.notify_all()
 
     def on_state_change(self, meta: dict[str, Any], message: Any = None, snapshot: bool = False) -> None:

@@ -118,6 +118,21 @@ def test_what_waits_for_a_result_queues_and_fetches(tasks: ModuleType) -> None:
     assert fetched == [3]
 
 
+def test_what_waits_for_a_result_fetches_while_another_thread_reads(tasks: ModuleType) -> None:
+    """With Redis it is called by the thread that has just subscribed, and that keeps the one that reads out."""
+    fetched: list[int] = []
+    first = tasks.add.delay(1, 1)
+    wait_until(AsyncResult(first.id, app=tasks.app).ready, "the result is there")
+    slow = tasks.add.apply_async((3, 3), countdown=4)
+    with ThreadPoolExecutor(1) as threads:
+        reading = threads.submit(slow.get, timeout=60)
+        wait_until(lambda: tasks.app.backend.result_consumer._reader, "the thread reads")
+        first.then(lambda result: fetched.append(tasks.add.delay(result.result, 1).get(timeout=10)))
+        assert tasks.add.apply_async((2, 2), countdown=1).get(timeout=60) == 4
+        assert reading.result(60) == 6
+    assert fetched == [3]
+
+
 def test_time_outs_hold_in_every_thread(stack: Stack) -> None:
     tasks = stack.load("tasks")  # and no worker
     results = [tasks.add.delay(1, number) for number in range(12)]
