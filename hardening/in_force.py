@@ -14,7 +14,7 @@ from typing import Any
 from celery import Celery
 from celery.app.defaults import SETTING_KEYS
 from celery.utils.log import get_logger
-from kombu.serialization import prepare_accept_content
+from kombu.serialization import prepare_accept_content, registry  # type: ignore[attr-defined]
 from kombu.utils.url import maybe_sanitize_url
 
 from . import environment
@@ -49,7 +49,7 @@ def differences(app: Celery) -> dict[str, set[str]]:
     refused = {
         name
         for name, content in accepted.items()
-        if not set(prepare_accept_content([app.conf[name]]) or ()) <= set(prepare_accept_content(content) or ())
+        if registry.name_to_type.get(app.conf[name], app.conf[name]) not in (prepare_accept_content(content) or ())
     }
     changed = {name for name, value in file.items() if getattr(app.conf, name) != value}
     lost = {

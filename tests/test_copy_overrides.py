@@ -140,6 +140,7 @@ def test_no_password_of_a_sentinel_is_shown(tmp_path: Path) -> None:
     ("change", "named"),
     [
         ("task_serializer='pickle'", "task_serializer"),
+        ("task_serializer='unknown'", "task_serializer"),
         ("result_accept_content=['yaml'], task_serializer='application/json'", "result_serializer"),
     ],
 )
