@@ -33,7 +33,7 @@ from . import in_force
 from .dead_letters import DELIVERIES, dead_letter_queue, why_dead
 from .delays import delay_queue, seconds_left
 from .events import EventsTogether
-from .moves import Moves, lasting_queue_of, queue_of
+from .moves import Moves, lasting_queue_of, queue_of, without_delay
 from .readiness import Readiness, refuse_wrong_passwords
 from .request import Request, store_errors, storing
 
@@ -81,7 +81,7 @@ def without_effect(worker: Any) -> Iterator[str]:
     classic = [
         queue.name
         for queue in worker.task_consumer.queues
-        if (queue.queue_arguments or {}).get("x-queue-type", "classic") == "classic"
+        if (queue.queue_arguments or {}).get("x-queue-type", "classic") == "classic" and not queue.auto_delete
     ]
     if classic:
         yield (
@@ -248,6 +248,7 @@ class Consumer(consumer.Consumer):
             try:
                 check(message)
                 if not self.give_up(message) and not self.park(message):
+                    message.headers = without_delay(message.headers)
                     handle(message)
             except MALFORMED as exc:
                 self.on_invalid_task(None, message, exc)
@@ -301,12 +302,12 @@ class Consumer(consumer.Consumer):
     def fail(self, message: Any, exc: Exception, is_task: bool = True) -> None:
         """Tell the client, which waits for the result, once the store is there. Of what is no task, only ids count."""
         headers, address = message.headers, {name: message.properties.get(name) for name in ADDRESS}
+        store = not headers.get("ignore_result")
         if is_task:
             options = {name: message.payload[2].get(name) for name in ("chord", "chain", "errbacks")}
         else:
             headers, options = {name: headers[name] for name in ("id", "task")}, {}
         request = Context({**headers, **options}, **address)
-        store = not headers.get("ignore_result")
         storing.do_until_done(
             partial(self.app.backend.mark_as_failure, headers["id"], exc, request=request, store_result=store),
             store_errors(self),

@@ -30,8 +30,9 @@ ANSWER_TIMEOUT = 60.0  # seconds; then the connection is made anew
 FORK_PATIENCE = 1.0  # seconds that a fork waits for a job
 PAUSE = 1.0  # seconds between attempts
 
-# What RabbitMQ writes into a message that it delivered again or dead-lettered: a copy starts afresh.
-HISTORY = ("x-death", "x-delivery-count", "x-acquired-count", "x-opt-", "x-first-death-", "x-last-death-")
+# What RabbitMQ writes into a message that comes from a delay queue, and what more into one that it delivers again.
+DELAYED = ("x-death", "x-first-death-", "x-last-death-")
+DELIVERED_AGAIN = ("x-delivery-count", "x-acquired-count", "x-opt-")
 
 
 class Beside:
@@ -120,12 +121,17 @@ def lasting_queue_of(consumer: Any, message: Any) -> Queue | None:
     return None if queue is None or queue.auto_delete or queue.exclusive else queue
 
 
+def without_delay(headers: dict[str, Any], *more: str) -> dict[str, Any]:
+    """Return what the client has put into the headers: a task hands them on to its retry, and x-death holds a date."""
+    return {name: value for name, value in headers.items() if not name.startswith((*DELAYED, *more))}
+
+
 def copy(message: Any, headers: dict[str, Any]) -> amqp.Message:
     """Return a message as it was published, with these headers added. It expires no more: it was delivered in time."""
     body = message.body
     if (compression := message.headers.get("compression")) and not message.errors:
         body, _ = compress(body, compression)
-    own = {name: value for name, value in message.headers.items() if not name.startswith(HISTORY)}
+    own = without_delay(message.headers, *DELIVERED_AGAIN)  # a copy starts afresh
     kept = {name: value for name, value in message.properties.items() if name != "expiration"}
     return amqp.Message(body, **{**kept, "delivery_mode": 2, "application_headers": {**own, **headers}})
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from importlib import import_module
 from itertools import takewhile
 from types import MethodType
@@ -74,6 +74,7 @@ def within_limit(exc: Exception, interval: float) -> None:
 _celerys_send_task = Celery.send_task
 
 
+@wraps(_celerys_send_task)
 def _send_task(app: Any, *args: Any, **kwargs: Any) -> Any:
     """Begin the limit of a call, and end it with the call. Other apps in the process have policies of their own.
 

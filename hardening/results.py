@@ -349,7 +349,7 @@ class OneReader(BaseResultConsumer):
         return self._reader not in (None, threading.get_ident())
 
     def _end_reading(self, outer: int | None) -> None:
-        me = get_ident()
+        me = threading.get_ident()
         with self._turn:
             if self._reader == me:
                 self._reader = outer if outer == me else None

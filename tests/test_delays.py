@@ -32,6 +32,10 @@ def where(self, *_):
     return [self.request.delivery_info["routing_key"], time.time()]
 
 @app.task(bind=True)
+def headers(self):
+    return sorted(self.request.headers)
+
+@app.task(bind=True)
 def again(self, countdown):
     if not self.request.retries:
         raise self.retry(countdown=countdown)
@@ -219,6 +223,13 @@ def test_what_a_task_is_sent_with_returns_with_it(stack: Stack, env: dict[str, s
             del properties.headers["eta"]
             channel.basic_publish("", "tasks", body, properties)
         assert result.get(timeout=30)[0] == "tasks"
+
+
+def test_a_task_sees_the_headers_of_its_client_alone(stack: Stack, env: dict[str, str], app: Any) -> None:
+    """It hands them on to its retry, and RabbitMQ's x-death holds a date, which is no JSON."""
+    with Worker(stack.logs / "w.log", "--include", "jobs", env=env):
+        at_once, later = (app.send_task("jobs.headers", countdown=seconds, headers={"mine": 1}) for seconds in (0, 0.3))
+        assert later.get(timeout=60) == at_once.get(timeout=60)
 
 
 def test_many_at_once_are_parked_and_return_in_time(stack: Stack, env: dict[str, str], app: Any) -> None:

@@ -119,11 +119,13 @@ def test_pickle_is_refused(tasks: ModuleType, shared_stack: Stack, tmp_path: Pat
 
 
 def test_the_client_of_a_task_that_is_no_json_is_told(tasks: ModuleType) -> None:
+    ignored = tasks.add.apply_async((1, 2), serializer="pickle", ignore_result=True)
     result = tasks.add.apply_async((1, 2), serializer="pickle")
     with pytest.raises(
         InvalidTaskError, match=r"^refused: Refusing to deserialize .* It is in the queue tasks\.dead\.$"
     ):
         result.get(timeout=20)
+    assert tasks.app.AsyncResult(ignored.id).state == "PENDING"  # it came first
 
 
 def test_a_command_that_is_no_json_is_refused_and_the_next_one_answered(rabbitmq_stack: Stack) -> None:
