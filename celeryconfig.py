@@ -161,8 +161,8 @@ result_extended = True
 result_persistent = True
 
 # Every key starts with this name, which is YOURS, so that several projects can share one Redis and one ACL rule covers
-# all the keys. A full Redis (maxmemory) is treated like one that is away: the worker waits until there is room, and no
-# result is lost.
+# all the keys. A full Redis (maxmemory, with noeviction) is treated like one that is away: the worker waits until there
+# is room, and no result is lost.
 # redis - https://docs.celeryq.dev/en/stable/userguide/configuration.html#result-backend-transport-options
 result_backend_transport_options = {
     "global_keyprefix": "celery-demo:",

@@ -30,7 +30,7 @@ def divide(x: float, y: float) -> float:
 
 # autoretry_for names the errors that go away by themselves; any other error fails the task at once.
 @app.task(bind=True, autoretry_for=(ConnectionError,), retry_backoff=True, retry_jitter=False, max_retries=3)
-def fetch_price(self: "Task[..., float]", product: str) -> float:  # celery-audit: ignore[CEL009], to tell the delays
+def fetch_price(self: "Task[..., float]", product: str) -> float:  # celery-audit: ignore[CEL009], for exact delays
     """Ask a shop that does not answer the first two times: the result comes after two retries, 1 and 2 s later."""
     if self.request.retries < 2:
         raise ConnectionError(f"the shop does not answer (attempt {self.request.retries + 1})")

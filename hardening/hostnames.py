@@ -2,7 +2,7 @@
 
 What Celery lacks: kombu writes the first node's name into broker_use_ssl, which all connections share, and checks the
 other nodes' certificates against it. It also checks localhost's certificate against 127.0.0.1.
-What this does: each connection is checked against the name of the node that it connects to.
+What this does: it replaces the transport of amqps://, and checks each connection against the name of its own node.
 To go back: take "server_hostname" out of broker_use_ssl. For Celery 5.7.
 """
 

@@ -25,9 +25,9 @@ if [ -z "${MASTER:-}" ]; then # a replica takes what its master has left there
 fi
 
 connections="+ping +select +client|setinfo +wait"
-results="+get +getrange +mget +set +setex +del +expire +ttl +multi +exec"
+results="+get +getrange +mget +set +setex +del +expire +ttl +multi +exec +evalsha +script|load"
 announcements="+publish +subscribe +unsubscribe"
-chords="+incrby +exists +evalsha +script|load +rpush +llen +lrange +zadd +zcount +zrange +sadd +sismember"
+chords="+incrby +exists +rpush +llen +lrange +zadd +zcount +zrange +sadd +sismember"
 
 # shellcheck disable=SC2086 # these are several words each
 exec docker-entrypoint.sh redis-server ${CONFIG:-} --appendonly yes --maxmemory 256mb --maxmemory-policy noeviction --databases 64 \

@@ -231,7 +231,6 @@ def test_sentry(redis_stack: Stack, project: Path) -> None:
     seen = project / "events"
     recipe = program("jobs.py, Sentry").replace("integrations=", "before_send=write, integrations=")
     jobs = project / "jobs.py"
-    jobs.write_text("import os\n" + jobs.read_text())
     _append(jobs, EVENTS.replace("SEEN", repr(str(seen))) + recipe + FAILS)
     env = {**redis_stack.env, "SENTRY_DSN": "http://key@127.0.0.1:1/1"}
     with Worker(redis_stack.logs / "sentry.log", cwd=project, app="jobs", env=env):
