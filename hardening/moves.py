@@ -123,7 +123,8 @@ def lasting_queue_of(consumer: Any, message: Any) -> Queue | None:
 
 def without_delay(headers: dict[str, Any], *more: str) -> dict[str, Any]:
     """Return what the client has put into the headers: a task hands them on to its retry, and x-death holds a date."""
-    return {name: value for name, value in headers.items() if not name.startswith((*DELAYED, *more))}
+    others = (*DELAYED, *more)
+    return {name: value for name, value in headers.items() if not name.startswith(others)}
 
 
 def copy(message: Any, headers: dict[str, Any]) -> amqp.Message:

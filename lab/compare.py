@@ -37,9 +37,7 @@ WORKERS = {
 def observe(name: str, own: OwnServers, deadline: float) -> str:
     """Observe a behaviour with one store, in a client that is killed when that takes too long."""
     try:
-        client = run(
-            sys.executable, "-m", "lab.behaviours", name, env=own.env, timeout=max(1.0, deadline - time.monotonic())
-        )
+        client = run(sys.executable, "-m", "lab.behaviours", name, env=own.env, timeout=deadline - time.monotonic())
     except subprocess.TimeoutExpired:
         return NOT_OBSERVED
     print(client.stderr, end="", file=sys.stderr)
